@@ -48,7 +48,8 @@ class FixedBlend(nn.Module):
 
     def forward(self, time, tokens):
         "Identity weights (B, n), all `scale`/2."
-        return tokens.new_full((len(tokens), self.groups), self.scale / 2)
+        precision = torch.promote_types(tokens.dtype, torch.float32) # 0.1 is not a bfloat16 number
+        return tokens.new_full((len(tokens), self.groups), self.scale / 2, dtype=precision)
 
 # %% ../nbs/11_stageblender.ipynb
 def group_of(block:int,   # i, 0 is the shallowest

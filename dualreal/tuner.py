@@ -54,9 +54,10 @@ class Sites:
     feed_forward: str   # in a block: called with text and video tokens in one sequence
     time: str           # the time embedding, (B, T)
     tokens: str         # the patch embedding: text and video tokens, (B, N, d)
+    last: str           # the module that runs after all blocks
     kwargs: str         # the dictionary argument of forward() that is handed to every block and its attention
 
-SITES = {"CogVideoXTransformer3DModel": Sites("transformer_blocks", "attn1", "ff", "time_embedding", "patch_embed", "attention_kwargs")}
+SITES = {"CogVideoXTransformer3DModel": Sites("transformer_blocks", "attn1", "ff", "time_embedding", "patch_embed", "proj_out", "attention_kwargs")}
 
 def sites_of(transformer) -> Sites:
     "The table's entry for a transformer; `InputError` for a class that is not in it."
@@ -110,6 +111,11 @@ class Conductor(DualRealLayer):
 
     def note_time(self, module, args, output): self.time = output
 
+    def end(self, module, args, output):
+        "After the last block. Checkpointed blocks will still need the blend; a compiled forward pass must not leak it."
+        if torch.compiler.is_compiling() and self.blend is not None: self.blend.clear()
+        self.blend = self.time = None
+
 # %% ../nbs/12_tuner.ipynb
 def _conductor_forward(self:Conductor, *args, **kwargs):
     "Embed the tokens, then weigh identity and motion for every active adapter."
@@ -117,7 +123,6 @@ def _conductor_forward(self:Conductor, *args, **kwargs):
     if self.disable_adapters: return tokens
     if self.blend is None: raise RuntimeError("call the transformer itself, not its .forward: DualReal's hooks run only then")
     for name in self.active_adapters: self.blend[name] = self.weigh(name, tokens)
-    self.blend = self.time = None
     return tokens
 
 def _weigh(self:Conductor, name, tokens):
@@ -176,6 +181,7 @@ def wrap(transformer, sites, target, key, parent):
         conductor = Conductor(target, sites.kwargs)
         transformer.register_forward_pre_hook(conductor.begin, with_kwargs=True)
         getattr(transformer, sites.time).register_forward_hook(conductor.note_time)
+        getattr(transformer, sites.last).register_forward_hook(conductor.end)
         return conductor
     block = int(key.split(".")[-2])
     if key.endswith(f".{sites.attention}"): return AttentionSite(target, block)

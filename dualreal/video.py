@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, UnidentifiedImageError
 
 from .core import InputError, atomic_path
 
@@ -26,17 +26,15 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".gif", ".webm", ".mkv", ".m4v")  # ma
 FPS = 8.0  # where a source names no rate: CogVideoX's own
 
 # %% ../nbs/01_video.ipynb
-def natural_key(
-    path: str | Path,  # file or folder; only its name counts
-) -> tuple:  # key for `sorted`
+def natural_key(path: str | Path  # file or folder; only its name counts
+                ) -> tuple:  # key for `sorted`
     "Sort names as people read them: `frame2` before `frame10`."
     parts = re.split(r"(\d+)", Path(path).name.lower())
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), Path(path).name
 
 # %% ../nbs/01_video.ipynb
-def _eight_bit(
-    image: Image.Image,  # mode I, I;16 or F
-) -> Image.Image:  # mode L
+def _eight_bit(image: Image.Image  # mode I, I;16 or F
+               ) -> Image.Image:  # mode L
     "Scale grey values of more than 8 bits to 0..255."
     values = np.asarray(image, dtype=np.float64)
     if image.mode.startswith("I;16") or values.max() > 255:
@@ -46,9 +44,8 @@ def _eight_bit(
     return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
 
 
-def _rgb(
-    image: Image.Image,  # any mode, orientation flag not yet applied
-) -> np.ndarray:  # uint8 (H, W, 3)
+def _rgb(image: Image.Image  # any mode, orientation flag not yet applied
+         ) -> np.ndarray:  # uint8 (H, W, 3)
     "Upright RGB pixels, transparency laid over white."
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
@@ -59,9 +56,8 @@ def _rgb(
     return np.array(image.convert("RGB"))
 
 # %% ../nbs/01_video.ipynb
-def read_image(
-    path: str | Path,  # an image file of any mode; of a GIF, the first frame
-) -> np.ndarray:  # uint8 (H, W, 3)
+def read_image(path: str | Path  # an image file of any mode; of a GIF, the first frame
+               ) -> np.ndarray:  # uint8 (H, W, 3)
     "Read one image as a viewer shows it; `InputError` names a file that cannot be read."
     path = Path(path)
     if not path.is_file():
@@ -70,21 +66,21 @@ def read_image(
     try:
         with Image.open(path) as image:
             return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} cannot be read as an image: its content is of no known format.") from error
     except Exception as error:  # a damaged file raises anything: OSError, SyntaxError, struct.error, ...
         raise InputError(f"{path} cannot be read as an image ({error or type(error).__name__}).") from error
 
 # %% ../nbs/01_video.ipynb
-def frame_files(
-    path: str | Path,  # a folder
-) -> list[Path]:  # its images in natural order, hidden files left out
+def frame_files(path: str | Path  # a folder
+                ) -> list[Path]:  # its images in natural order, hidden files left out
     "Image files that lie directly in a folder."
     files = (f for f in Path(path).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
     return sorted((f for f in files if not f.name.startswith(".")), key=natural_key)
 
 
-def _folder_frames(
-    path: Path,  # a folder of images
-):  # yields uint8 (H, W, 3)
+def _folder_frames(path: Path  # a folder of images
+                   ):  # yields uint8 (H, W, 3)
     "Frames of a folder in natural order; all must have one size."
     files, shape = frame_files(path), None
     if not files:
@@ -98,9 +94,8 @@ def _folder_frames(
         yield frame
 
 # %% ../nbs/01_video.ipynb
-def _gif_durations(
-    path: Path,  # a .gif file
-) -> list[int]:  # milliseconds of every stored picture
+def _gif_durations(path: Path  # a .gif file
+                   ) -> list[int]:  # milliseconds of every stored picture
     "How long each picture of a GIF is shown (browsers read 0 as 100 ms)."
     try:
         with Image.open(path) as image:
@@ -109,19 +104,17 @@ def _gif_durations(
         raise InputError(f"{path} cannot be read as a GIF ({error}): it is damaged or cut off.") from error
 
 
-def _gif_frames(
-    path: Path,  # a .gif file
-    durations: list[int],  # of `_gif_durations`
-):  # yields uint8 (H, W, 3)
+def _gif_frames(path: Path,  # a .gif file
+                durations: list[int]  # of `_gif_durations`
+                ):  # yields uint8 (H, W, 3)
     "Frames of a GIF at the constant rate of its shortest picture."
     with Image.open(path) as image:
         for frame, duration in zip(ImageSequence.Iterator(image), durations, strict=True):
             yield from [_rgb(frame)] * round(duration / min(durations))
 
 # %% ../nbs/01_video.ipynb
-def _pyav_frames(
-    path: Path,  # a video file
-):  # yields uint8 (H, W, 3)
+def _pyav_frames(path: Path  # a video file
+                 ):  # yields uint8 (H, W, 3)
     "Frames of a video file by PyAV, upright."
     import av
 
@@ -130,20 +123,18 @@ def _pyav_frames(
             for frame in container.decode(container.streams.video[0]):
                 yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
     except av.FFmpegError as error:
-        raise InputError(f"{path} cannot be decoded ({error}): the clip is damaged or cut off.") from error
+        raise InputError(f"{path} cannot be decoded: the clip is damaged or cut off.") from error
 
 
-def _compact(
-    frame: np.ndarray,  # uint8 (H, W, 3), or (H, W, more) where padding counts as channels
-) -> np.ndarray:  # uint8 (H, W, 3)
+def _compact(frame: np.ndarray  # uint8 (H, W, 3), or (H, W, more) where padding counts as channels
+             ) -> np.ndarray:  # uint8 (H, W, 3)
     "The pixels of a decord frame without the padding of its rows."
     height, width = frame.shape[:2]
     return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
-
-def _decord_frames(
-    path: Path,  # a video file
-):  # yields uint8 (H, W, 3)
+# %% ../nbs/01_video.ipynb
+def _decord_frames(path: Path  # a video file
+                   ):  # yields uint8 (H, W, 3)
     "Frames of a video file by decord, upright."
     import decord
 
@@ -153,27 +144,25 @@ def _decord_frames(
         for i in range(len(reader)):
             yield _compact(reader[i].asnumpy())
     except (RuntimeError, decord.DECORDError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} cannot be decoded ({reason}): the clip is damaged or cut off.") from error
+        raise InputError(f"{path} cannot be decoded: the clip is damaged or cut off.") from error
 
 # %% ../nbs/01_video.ipynb
-def _walk(
-    container,  # an open av container with a video stream
-) -> tuple[int, float, bool]:  # pictures, last moment in seconds, whether all packets are whole
+def _walk(container  # an open av container with a video stream
+          ) -> tuple[int, float, bool]:  # whole pictures, last moment in seconds, all packets whole?
     "What is in a container, by its packets, without decoding."
     start, end, count, whole = (container.start_time or 0) / 1e6, 0.0, 0, True
     for packet in container.demux():
         time = packet.dts if packet.pts is None else packet.pts
         whole = whole and not packet.is_corrupt
-        count += packet.size > 0 and packet.stream is container.streams.video[0]
+        pictures = packet.stream is container.streams.video[0] and packet.size > 0
+        count += pictures and not packet.is_corrupt
         if time is not None:
             end = max(end, float((time + (packet.duration or 0)) * packet.time_base) - start)
     return count, end, whole
 
 
-def _probe(
-    path: Path,  # a video file
-) -> tuple[int, float]:  # pictures, frames a second
+def _probe(path: Path  # a video file
+           ) -> tuple[int, float]:  # pictures, frames a second
     "Length and rate of a clip; `InputError` if it is unreadable, has no video, or is cut off."
     import av
 
@@ -182,18 +171,21 @@ def _probe(
             if not container.streams.video:
                 raise InputError(f"{path} holds no video stream.")
             rate = container.streams.video[0].average_rate or Fraction(FPS)
-            promised = (container.duration or 0) / 1e6
+            frames, seconds = container.streams.video[0].frames, (container.duration or 0) / 1e6
             count, end, whole = _walk(container)
     except av.FFmpegError as error:
         raise InputError(f"{path} cannot be read as a video ({error.strerror}).") from error
-    if not whole or promised - end > max(0.05 * promised, 2 / rate):
-        raise InputError(f"{path} is cut off: {end:.2f} s of the promised {promised:.2f} s are there.")
+    if count < 0.9 * frames:
+        raise InputError(f"{path} is cut off: {count} of the promised {frames} frames are there.")
+    if seconds - end > max(0.05 * seconds, 2 / rate):
+        raise InputError(f"{path} is cut off: {end:.2f} s of the promised {seconds:.2f} s are there.")
+    if not whole:
+        raise InputError(f"{path} is damaged or cut off: a part of it is incomplete.")
     return count, float(rate)
 
 # %% ../nbs/01_video.ipynb
-def _backend(
-    name: str | None,  # "decord", "pyav" or None
-):  # the generator function
+def _backend(name: str | None  # "decord", "pyav" or None
+             ):  # the generator function
     "The reader for ordinary video files; None: decord where it is installed, else PyAV."
     readers = dict(decord=_decord_frames, pyav=_pyav_frames)
     installed = importlib.util.find_spec("decord") is not None
@@ -204,23 +196,22 @@ def _backend(
     return readers[name or ("decord" if installed else "pyav")]
 
 
-def _kind(
-    path: Path,  # a video file, a GIF or a folder of frames
-) -> str:  # "folder", "gif" or "file"
+def _kind(path: Path  # a video file, a GIF or a folder of frames
+          ) -> str:  # "folder", "gif" or "file"
     "Which reader a path needs; `InputError` if it is no clip at all."
     if path.is_dir():
         return "folder"
     if not path.is_file():
         raise InputError(f"{path} does not exist.")
     if path.suffix.lower() not in VIDEO_SUFFIXES:
-        raise InputError(f"{path} is not a video: expected {', '.join(VIDEO_SUFFIXES)} or a folder of frames.")
+        kinds = ", ".join(VIDEO_SUFFIXES)
+        raise InputError(f"{path} is not a video: expected {kinds} or a folder of frames.")
     return "gif" if path.suffix.lower() == ".gif" else "file"
 
-
-def _source(
-    path: Path,  # a video file, a GIF or a folder of frames
-    backend: str | None,  # as in `read_video`
-) -> tuple:  # iterator of frames, frames a second
+# %% ../nbs/01_video.ipynb
+def _source(path: Path,  # a video file, a GIF or a folder of frames
+            backend: str | None  # as in `read_video`
+            ) -> tuple:  # iterator of frames, frames a second
     "Open a clip without decoding more of it than needed."
     kind = _kind(path)
     if kind == "folder":
@@ -231,11 +222,10 @@ def _source(
     return _backend(backend)(path), _probe(path)[1]
 
 # %% ../nbs/01_video.ipynb
-def read_video(
-    path: str | Path,  # mp4, avi, mov, gif, webm, mkv, or a folder of frames
-    max_frames: int | None = None,  # stop after this many
-    backend: str | None = None,  # "decord", "pyav"; None: decord where it is installed
-) -> tuple[np.ndarray, float]:  # uint8 (F, H, W, 3), frames a second
+def read_video(path: str | Path,  # mp4, avi, mov, gif, webm, mkv, or a folder of frames
+               max_frames: int | None = None,  # stop after this many
+               backend: str | None = None  # "decord", "pyav"; None: decord where it is installed
+               ) -> tuple[np.ndarray, float]:  # uint8 (F, H, W, 3), frames a second
     "Read a clip from its first frame on; `InputError` names a clip that is unreadable, empty or cut off."
     path = Path(path)
     source, fps = _source(path, backend)
@@ -250,9 +240,8 @@ def read_video(
     return np.stack(frames), fps
 
 # %% ../nbs/01_video.ipynb
-def count_frames(
-    path: str | Path,  # as for `read_video`
-) -> int:  # frames `read_video` would give
+def count_frames(path: str | Path  # as for `read_video`
+                 ) -> int:  # frames `read_video` would give
     "Length of a clip, from its packets, pictures or files; errors as for `read_video`."
     path = Path(path)
     kind = _kind(path)
@@ -264,11 +253,10 @@ def count_frames(
     return _probe(path)[0]
 
 # %% ../nbs/01_video.ipynb
-def resize_crop(
-    frames: np.ndarray,  # uint8 (F, H, W, 3)
-    height: int,  # pixels
-    width: int,  # pixels
-) -> np.ndarray:  # uint8 (F, height, width, 3)
+def resize_crop(frames: np.ndarray,  # uint8 (F, H, W, 3)
+                height: int,  # pixels
+                width: int  # pixels
+                ) -> np.ndarray:  # uint8 (F, height, width, 3)
     "Scale frames to cover the target, then cut the centre out."
     if frames.shape[1:3] == (height, width):
         return frames
@@ -276,40 +264,36 @@ def resize_crop(
     return np.stack([np.asarray(ImageOps.fit(Image.fromarray(frame), size, how)) for frame in frames])
 
 # %% ../nbs/01_video.ipynb
-def usable_frames(
-    count: int,  # frames there are, at least 1
-    maximum: int,  # frames wanted, at least 1
-) -> int:  # 4k + 1
+def usable_frames(count: int,  # frames there are, at least 1
+                  maximum: int  # frames wanted, at least 1
+                  ) -> int:  # 4k + 1
     "The largest $4k+1$ that is neither above `count` nor above `maximum`."
     if min(count, maximum) < 1:
         raise InputError(f"A video needs at least one frame, not {min(count, maximum)}.")
     return (min(count, maximum) - 1) // 4 * 4 + 1
 
 # %% ../nbs/01_video.ipynb
-def sample_frames(
-    frames: np.ndarray,  # (F, ...)
-    fps: float,  # their rate
-    max_frames: int,  # keep at most this many
-    target_fps: float | None = None,  # None: keep the rate
-) -> np.ndarray:  # (at most max_frames, ...)
+def sample_frames(frames: np.ndarray,  # (F, ...)
+                  fps: float,  # their rate
+                  max_frames: int,  # keep at most this many
+                  target_fps: float | None = None  # None: keep the rate
+                  ) -> np.ndarray:  # (at most max_frames, ...)
     "The first frames, thinned to `target_fps` if that is lower than `fps`."
     step = max(fps / target_fps, 1.0) if target_fps else 1.0
     picks = np.floor(np.arange(math.ceil(len(frames) / step)) * step + 1e-6).astype(int)
     return frames[picks[:max_frames]]
 
 # %% ../nbs/01_video.ipynb
-def _even(
-    frames: np.ndarray,  # (F, H, W, 3)
-) -> np.ndarray:  # (F, even, even, 3)
+def _even(frames: np.ndarray  # (F, H, W, 3)
+          ) -> np.ndarray:  # (F, even, even, 3)
     "Repeat the last row or column where a side is odd."
     return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
-def _save_mp4(
-    file: Path,  # the file to write
-    frames: np.ndarray,  # uint8 (F, H, W, 3)
-    fps: float,  # frames a second
-):
+def _save_mp4(file: Path,  # the file to write
+              frames: np.ndarray,  # uint8 (F, H, W, 3)
+              fps: float  # frames a second
+              ):
     "Encode frames as H.264 in an mp4 container."
     import av
 
@@ -323,20 +307,18 @@ def _save_mp4(
         container.mux(stream.encode())
 
 # %% ../nbs/01_video.ipynb
-def _save_gif(
-    file: Path | BytesIO,  # the file to write
-    frames: np.ndarray,  # uint8 (F, H, W, 3)
-    fps: float,  # frames a second
-):
+def _save_gif(file: Path | BytesIO,  # the file to write
+              frames: np.ndarray,  # uint8 (F, H, W, 3)
+              fps: float  # frames a second
+              ):
     "Encode frames as an endless GIF."
     first, *rest = (Image.fromarray(frame) for frame in frames)
     duration = max(round(100 / fps), 1) * 10
     first.save(file, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
 
 # %% ../nbs/01_video.ipynb
-def _frames_checked(
-    frames: np.ndarray,  # anything
-) -> np.ndarray:  # uint8 (F, H, W, 3)
+def _frames_checked(frames: np.ndarray  # anything
+                    ) -> np.ndarray:  # uint8 (F, H, W, 3)
     "The frames, or an `InputError` that says what they are instead."
     frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
@@ -345,26 +327,26 @@ def _frames_checked(
     return frames
 
 
-def write_video(
-    path: str | Path,  # ends in .mp4 or .gif
-    frames: np.ndarray,  # uint8 (F, H, W, 3)
-    fps: float = FPS,  # frames a second
-) -> Path:  # where it was written
+def write_video(path: str | Path,  # ends in .mp4 or .gif
+                frames: np.ndarray,  # uint8 (F, H, W, 3)
+                fps: float = FPS  # frames a second
+                ) -> Path:  # where it was written
     "Write a video atomically; in .mp4 an odd side is padded by repeating its edge."
     path, frames = Path(path), _frames_checked(frames)
     save = {".mp4": _save_mp4, ".gif": _save_gif}.get(path.suffix.lower())
     if save is None:
         raise InputError(f"{path} must end in .mp4 or .gif to be written as a video.")
+    if not fps > 0:
+        raise InputError(f"{path} cannot be written at {fps} frames a second.")
     with atomic_path(path) as file:
-        save(Path(file), frames, fps)
+        save(file, frames, fps)
     return path
 
 # %% ../nbs/01_video.ipynb
-def film(
-    frames: np.ndarray,  # uint8 (F, H, W, 3)
-    fps: float = FPS,  # frames a second
-    scale: float = 1,  # size on screen; pixels stay sharp
-):  # an image that Jupyter shows
+def film(frames: np.ndarray,  # uint8 (F, H, W, 3)
+         fps: float = FPS,  # frames a second
+         scale: float = 1  # size on screen; pixels stay sharp
+         ):  # an image that Jupyter shows
     "Show frames as a looping film in a notebook."
     from IPython.display import Image as Shown
 
@@ -375,10 +357,9 @@ def film(
     return Shown(data=buffer.getvalue(), format="gif", width=size[0], height=size[1])
 
 # %% ../nbs/01_video.ipynb
-def _row_cells(
-    items: list[np.ndarray],  # images (H, W, 3) and videos (F, H, W, 3)
-    columns: int,  # cells to fill, as far as there are frames
-) -> list[np.ndarray]:  # images
+def _row_cells(items: list[np.ndarray],  # images (H, W, 3) and videos (F, H, W, 3)
+               columns: int  # cells to fill, as far as there are frames
+               ) -> list[np.ndarray]:  # images
     "Images as they are, evenly spaced frames of videos."
     videos = sum(np.ndim(item) == 4 for item in items)
     share = max((columns - (len(items) - videos)) // max(videos, 1), 1)
@@ -389,40 +370,35 @@ def _row_cells(
     return cells
 
 # %% ../nbs/01_video.ipynb
-def _wrapped(
-    text: str,  # a label
-    font: ImageFont.FreeTypeFont,
-    width: int,  # pixels
-) -> str:  # the label with line breaks
+def _wrapped(text: str,  # a label
+             font: ImageFont.FreeTypeFont,
+             width: int  # pixels
+             ) -> str:  # the label with line breaks
     "Break a label into lines that fit `width`."
     text = str(text)
     room = max(int(width * len(text) / max(font.getlength(text.replace("\n", " ")), 1)), 4)
     return "\n".join(line for part in text.splitlines() for line in textwrap.wrap(part, room) or [""])
 
 
-def _cell_size(
-    rows: list[list[np.ndarray]],  # images
-    cell: int,  # height in pixels
-) -> tuple[int, int]:  # width, height
+def _cell_size(rows: list[list[np.ndarray]],  # images
+               cell: int  # height in pixels
+               ) -> tuple[int, int]:  # width, height
     "One cell size for a sheet: as wide as its widest image, at most twice as wide as high."
     aspect = max(image.shape[1] / image.shape[0] for row in rows for image in row)
     return max(round(cell * min(aspect, 2)), 1), cell
 
 # %% ../nbs/01_video.ipynb
-def _label_width(
-    labels: list[str],  # with line breaks
-    font: ImageFont.FreeTypeFont,
-) -> int:  # pixels
+def _label_width(labels: list[str],  # with line breaks
+                 font: ImageFont.FreeTypeFont) -> int:  # pixels
     "Width of the widest label."
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     return math.ceil(max(ruler.multiline_textbbox((0, 0), label, font=font)[2] for label in labels))
 
-
-def _draw_sheet(
-    labels: list[str],  # with line breaks
-    cells: list[list[np.ndarray]],  # images of each row
-    cell: int,  # height of a cell in pixels
-) -> Image.Image:
+# %% ../nbs/01_video.ipynb
+def _draw_sheet(labels: list[str],  # with line breaks
+                cells: list[list[np.ndarray]],  # images of each row
+                cell: int  # height of a cell in pixels
+                ) -> Image.Image:
     "Put labels and images in their places on white."
     font = ImageFont.load_default(min(max(cell // 6, 13), 20))
     labels = [_wrapped(label, font, max(2 * cell, 150)) for label in labels]
@@ -440,12 +416,11 @@ def _draw_sheet(
     return sheet
 
 # %% ../nbs/01_video.ipynb
-def contact_sheet(
-    rows: list[tuple],  # (label, list of images (H, W, 3) and videos (F, H, W, 3)), uint8
-    path: str | Path | None = None,  # also write it here (.png, .jpg)
-    cell: int = 96,  # height of a cell in pixels
-    columns: int | None = None,  # cells in a row; None: 8, or as many as the longest row has items
-) -> Image.Image:
+def contact_sheet(rows: list[tuple],  # (label, list of images (H, W, 3) and videos (F, H, W, 3)), uint8
+                  path: str | Path | None = None,  # also write it here (.png, .jpg)
+                  cell: int = 96,  # height of a cell in pixels
+                  columns: int | None = None  # cells in a row; None: 8, or what the longest row needs
+                  ) -> Image.Image:
     "Labelled rows of images and of evenly spaced video frames on one white sheet."
     if not any(items for _, items in rows):
         raise InputError("A contact sheet needs at least one image or video.")

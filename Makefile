@@ -1,0 +1,42 @@
+# make demo · make test · make test-all · make docs. Each makes .venv first if it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_REQUIRE_VIRTUALENV := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all docs
+
+demo: .venv/installed
+	$(BIN)/dualreal demo
+
+# Two notebooks at a time with one thread each: the figures do not depend on the machine, and two cores suffice.
+test test-all docs: export OMP_NUM_THREADS := 1
+# What travels with the package is all a test may use.
+test test-all: export HF_HUB_OFFLINE := 1
+
+test: .venv/installed
+	$(BIN)/python tools/check_clean.py
+	$(BIN)/python tools/readme.py --check
+	$(BIN)/ruff check dualreal tests tools
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q
+
+# Also the cells and tests flagged slow; those that need a GPU or downloaded weights stay out.
+test-all: test
+	$(BIN)/nbdev_test --n_workers 2 --timing --flags slow
+	$(BIN)/python -m pytest -q -m "not cuda and not weights"
+
+docs: .venv/installed-docs
+	$(BIN)/python tools/docs.py
+
+# pip runs again when the requirements change.
+.venv/installed: settings.ini setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version || $(BIN)/python -m ensurepip
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install -e ".[docs]"
+	touch $@

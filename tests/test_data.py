@@ -1,0 +1,318 @@
+"""Folders as people make them, right and wrong: every mistake is one sentence that names the culprit."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualreal import data
+from dualreal.core import InputError
+from dualreal.video import write_video
+
+REAL = Path(__file__).resolve().parents[2] / "shared/real"
+PERSON = "a person is waving"
+
+
+def photo(path, width=24, height=16, tone=120):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), (tone, 90, 60)).save(path)
+
+
+def clip(path, count=9, width=24, height=16):
+    shade = np.arange(count, dtype=np.uint8)[:, None, None, None] * 20
+    write_video(path, np.broadcast_to(shade, (count, height, width, 3)).copy())
+
+
+def text(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def one(tmp_path):
+    "A good identity folder: three photos, numbered as people number them."
+    for name in ("2.png", "10.jpg", "1.webp"): photo(tmp_path / "one" / name)
+    text(tmp_path / "one/prompts.txt", "dog *")
+    return tmp_path / "one"
+
+
+@pytest.fixture
+def wave(tmp_path):
+    "A good motion folder: three clips, of 17, 9 and 6 frames."
+    for name, count in {"b.mp4": 9, "a.x.mp4": 17, "c.gif": 6}.items(): clip(tmp_path / "wave" / name, count)
+    text(tmp_path / "wave/prompts.txt", PERSON)
+    return tmp_path / "wave"
+
+
+def prompts(items):
+    return [item.prompt for item in items]
+
+
+def names(items):
+    return [item.path.name for item in items]
+
+
+def fails(match, identity, motion, *prompts):
+    "The sentence with which a case is refused, whether loading or reading finds out."
+    with pytest.raises(InputError, match=match) as caught:
+        case = data.load_case(identity, motion, *prompts)
+        for item in case.identity + case.motion: data.read_item(item, 16, 16, 9)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Layouts that are accepted
+
+def test_plain_folders(one, wave):
+    case = data.load_case(one, wave)
+    assert names(case.identity) == ["1.webp", "2.png", "10.jpg"]
+    assert names(case.motion) == ["a.x.mp4", "b.mp4", "c.gif"]
+    assert {item.kind for item in case.identity} == {"image"}
+    assert {item.kind for item in case.motion} == {"video"}
+    assert (case.class_word, case.identity_prompt, case.motion_prompt) == ("dog", "dog *", PERSON)
+    assert (case.motion_words, case.notes) == ("waving", [])
+
+
+def test_images_win_over_videos(tmp_path, wave):
+    root = tmp_path / "both"
+    photo(root / "images/0.png")
+    clip(root / "videos/0.mp4", 1)
+    text(root / "videos.txt", "videos/0.mp4")
+    assert names(data.load_case(root, wave, "dog *").identity) == ["0.png"]
+    photo(root / "9.png")
+    assert names(data.load_case(root, wave, "dog *").identity) == ["0.png"]
+
+
+def test_published_layout(tmp_path, wave):
+    root = tmp_path / "published"
+    for i in range(3): clip(root / f"videos/{i}.mp4", 1)
+    text(root / "videos.txt", "videos/2.mp4", "videos/0.mp4")
+    text(root / "prompts.txt", "red dog *", "blue dog *")
+    case = data.load_case(root, wave)
+    assert names(case.identity) == ["2.mp4", "0.mp4"]
+    assert prompts(case.identity) == ["red dog *", "blue dog *"]
+    assert case.identity[0].kind == "image"
+    assert data.read_item(case.identity[0], 16, 16, 9).shape == (1, 16, 16, 3)
+    assert case.notes == [f"{root / 'videos'}: not used: 1.mp4."]
+
+
+def test_published_motion(tmp_path, one):
+    root = tmp_path / "published"
+    for i in range(3): clip(root / f"videos/{i}.mp4")
+    text(root / "prompts.txt", *[PERSON] * 3)
+    assert names(data.load_case(one, root).motion) == ["0.mp4", "1.mp4", "2.mp4"]
+
+
+def test_folders_of_frames(tmp_path, one):
+    for i in range(12): photo(tmp_path / f"frames/v1.2/{i}.png", tone=i)
+    clip(tmp_path / "frames/z.mp4")
+    text(tmp_path / "frames/v1.2.txt", "a cat is running")
+    text(tmp_path / "frames/z.txt", "a cat is jumping")
+    case = data.load_case(one, tmp_path / "frames")
+    assert names(case.motion) == ["v1.2", "z.mp4"]
+    assert prompts(case.motion) == ["a cat is running", "a cat is jumping"]
+    frames = data.read_item(case.motion[0], 16, 24, 49)
+    assert frames[:, 0, 0, 0].tolist() == list(range(9))  # 12 frames, cut to 4k + 1, in natural order
+    alone = data.load_case(one, tmp_path / "frames/v1.2", motion_prompt=PERSON)
+    assert names(alone.motion) == ["v1.2"] and "frames of one clip" in alone.notes[0]
+
+
+def test_hidden_files_are_passed_over_and_others_named(one, wave):
+    (one / "._1.webp").write_bytes(b"macOS")
+    (one / ".DS_Store").touch()
+    text(one / "2.txt", "a caption that prompts.txt outranks")
+    (one / "receipt.pdf").touch()
+    (one / "old").mkdir()
+    assert data.load_case(one, wave).notes == [f"{one}: not used: old, receipt.pdf."]
+
+
+# Captions
+
+def test_caption_sources_in_order(one, wave):
+    for stem in ("1", "2", "10"): text(one / f"{stem}.txt", f"cat {stem} *")
+    assert data.load_case(one, wave, "fox *").class_word == "fox"
+    assert data.load_case(one, wave).class_word == "dog"
+    (one / "prompts.txt").unlink()
+    assert prompts(data.load_case(one, wave).identity) == ["cat 1 *", "cat 2 *", "cat 10 *"]
+
+
+def test_captions_by_line_and_by_name(one, wave):
+    text(one / "prompts.txt", "red dog *", "", "blue dog *", "green dog *")
+    assert prompts(data.load_case(one, wave).identity) == ["red dog *", "blue dog *", "green dog *"]
+    windows = "\ufeff10.jpg\tred dog *\r\n1\tblue dog *\r\n2.png\tHündin *\r\n"
+    (one / "prompts.txt").write_bytes(windows.encode())
+    assert prompts(data.load_case(one, wave).identity) == ["blue dog *", "Hündin *", "red dog *"]
+
+
+@pytest.mark.parametrize("lines, says", [
+    (["dog *"] * 2, "2 captions for 3 files"),
+    (["dog *"] * 4, "4 captions for 3 files"),
+    ([" "], "0 captions for 3 files"),
+    (["1\tdog *", "2\tdog *"], "no caption for 10.jpg"),
+    (["1\tdog *", "2\tdog *", "3\tdog *", "10\tdog *"], "caption for 3, which is not among"),
+    (["1\tdog *", "2 dog *", "10\tdog *"], "'2 dog \\*' has no tab"),
+    (["1\tdog *", "2\t", "10\tdog *"], "no caption for 2.png"),
+    (["1\tdog *", "1.webp\tcat *", "2\tdog *", "10\tdog *"], "two captions for 1.webp"),
+])
+def test_captions_that_do_not_match(one, wave, lines, says):
+    text(one / "prompts.txt", *lines)
+    assert "prompts.txt" in fails(says, one, wave)
+
+
+def test_missing_captions(one, wave):
+    (one / "prompts.txt").unlink()
+    assert '--identity-prompt "dog *"' in fails("one has no identity caption", one, wave)
+    text(one / "1.txt", "dog *")
+    fails("10.jpg has no caption|2.png has no caption", one, wave)
+    (wave / "prompts.txt").unlink()
+    assert "--motion-prompt" in fails("wave has no motion caption", one, wave, "dog *")
+    fails("--motion-prompt is empty", one, wave, "dog *", " ")
+    (one / "prompts.txt").write_bytes("Hündin *".encode("latin-1"))
+    fails("prompts.txt is not UTF-8", one, wave)
+
+
+def test_missing_class_word(one, wave):
+    for prompt in ("*", "a photo of *", "the *", "  * "):
+        fails("no class word", one, wave, prompt)
+    text(one / "prompts.txt", "dog *", "*", "dog *")
+    fails("no class word", one, wave)
+
+
+def test_class_and_motion_words():
+    words = {"dog *": "dog", "plushie happysad *": "plushie happysad", "my * cat": "cat", "* cat": "cat",
+             "a dog, * , in snow": "dog", "a stuffed toy-bear* on a bed": "stuffed toy-bear",
+             "a cat": "cat", "R2D2 *": "R2D2", "犬 *": "犬"}
+    assert {prompt: data.class_word(prompt) for prompt in words} == words
+    assert data.motion_words("a person is kicking-Front") == "kicking-Front"
+    assert data.motion_words("two people are dancing.") == "dancing"
+    assert data.motion_words("backflip") == "backflip"
+
+
+# Folders and files that are refused
+
+def test_wrong_folders(tmp_path, one, wave):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare/images").mkdir(parents=True)
+    text(tmp_path / "words/a.txt", "only text")
+    fails("identity folder .*none does not exist", tmp_path / "none", wave)
+    fails("motion folder .*none does not exist", one, tmp_path / "none")
+    fails("1.webp is a file: --identity", one / "1.webp", wave)
+    fails("b.mp4 is a file: --motion", one, wave / "b.mp4")
+    for name in ("empty", "words"):
+        fails(f"{name} holds no image", tmp_path / name, wave, "dog *")
+        fails(f"{name} holds no clip", one, tmp_path / name, None, PERSON)
+    fails("images holds no image", tmp_path / "bare", wave, "dog *")
+
+
+def test_listing_that_leads_nowhere(one, wave):
+    text(wave / "videos.txt", "b.mp4", "d.mp4")
+    fails("videos.txt lists d.mp4, but .*d.mp4 does not exist", one, wave)
+    text(wave / "videos.txt", "b.mp4", "prompts.txt")
+    fails("videos.txt lists prompts.txt, which is not a video", one, wave)
+    text(wave / "videos.txt", "")
+    fails("videos.txt is empty", one, wave)
+    text(wave / "videos.txt", str(wave / "b.mp4"))
+    assert names(data.load_case(one, wave).motion) == ["b.mp4"]
+
+
+def test_unreadable_among_good_ones(one, wave):
+    (one / "2.png").write_bytes(b"not a picture")
+    fails("2.png cannot be read", one, wave)
+    photo(one / "2.png")
+    (wave / "c.gif").write_bytes((wave / "c.gif").read_bytes()[:60])
+    fails("c.gif cannot be read", one, wave)
+
+
+def test_cut_off_and_short_clips(one, wave):
+    whole = (wave / "b.mp4").read_bytes()
+    (wave / "b.mp4").write_bytes(whole[:len(whole) - 60])
+    fails("b.mp4", one, wave)
+    for count, has in {1: "1 frame:", 4: "4 frames:"}.items():
+        clip(wave / "b.mp4", count)
+        fails(f"b.mp4 has {has} a motion clip needs at least 5", one, wave)
+    clip(wave / "b.mp4", 5)
+    assert len(data.read_item(data.load_case(one, wave).motion[1], 16, 16, 49)) == 5
+
+
+def test_frames_of_two_sizes(tmp_path, one):
+    for i in range(6): photo(tmp_path / f"m/v/{i}.png", width=24 + (i == 3))
+    fails("3.png is 25x16, 0.png is 24x16", one, tmp_path / "m", None, PERSON)
+
+
+# Reading and checking
+
+def test_loading_decodes_nothing(one, wave, monkeypatch):
+    for name in ("read_image", "read_video", "count_frames"): monkeypatch.delattr(data.video, name)
+    assert len(data.load_case(one, wave).motion) == 3
+
+
+def test_read_item(one, wave):
+    case = data.load_case(one, wave)
+    assert [data.read_item(item, 16, 16, 49).shape[0] for item in case.motion] == [17, 9, 5]
+    shapes = [data.read_item(item, 8, 12, 9).shape for item in case.motion + case.identity]
+    assert shapes == [(count, 8, 12, 3) for count in (9, 9, 5, 1, 1, 1)]
+    long, short = (data.read_item(case.motion[0], 16, 24, most) for most in (49, 9))
+    assert (long[:9] == short).all()
+    assert len(data.read_item(case.motion[0], 16, 16, 1)) == 1
+
+
+def test_check_of_a_good_case(one, wave):
+    report = data.check_case(data.load_case(one, wave), 16, 24, 5, lambda prompt: (len(prompt.split()), 16))
+    assert json.loads(json.dumps(report)) == report
+    assert report["ok"] and (report["errors"], report["warnings"], report["findings"]) == (0, 0, [])
+    assert report["counts"] == dict(identity=3, motion=3)
+    assert report["base"] == dict(height=16, width=24, frames=5)
+    row = report["motion"][0]
+    assert (row["width"], row["height"], row["frames"], row["used"], row["fps"]) == (24, 16, 17, 5, 8.0)
+    assert "5 of 17 frames at 8 fps" in data.format_report(report)
+
+
+def test_check_gathers_everything(one, wave):
+    (one / "2.png").write_bytes(b"")
+    photo(one / "1.webp", width=200, height=20)
+    photo(one / "10.jpg", width=8, height=5)
+    clip(wave / "b.mp4", 1)
+    (wave / "c.gif").unlink()
+    (wave / "thumbs.db").touch()
+    case = data.load_case(one, wave, "dog", "a dog * is waving")
+    report = data.check_case(case, 16, 24, 9, lambda prompt: (len(prompt), 10))
+    said = data.format_report(report)
+    levels = [finding["level"] for finding in report["findings"]]
+    assert levels == sorted(levels, key=data.LEVELS.index) and not report["ok"]
+    assert report["errors"] == 3 and len(report["identity"]) == 2 and len(report["motion"]) == 1
+    for words in ("2.png cannot be read", "b.mp4 has 1 frame", "17 tokens, the base takes 10",
+                  "Few motion clips: 2", "'dog' has no \"*\"", "holds \"*\"", "200x20 is cropped",
+                  "8x5 is enlarged 3.2 times", "thumbs.db", "cannot be trained (errors: 3"):
+        assert words in said, (words, said)
+    where = {Path(finding["where"]).name for finding in report["findings"] if finding["where"]}
+    assert where == {"2.png", "b.mp4", "1.webp", "10.jpg"}
+
+
+def test_check_says_alike_things_once(one, wave):
+    report = data.check_case(data.load_case(one, wave), 64, 96, 49)
+    said = data.format_report(report)
+    assert said.count("enlarged 4.0 times") == 2  # images and clips
+    assert "and 2 more: 24x16 is enlarged" in said
+    assert said.count("Short clip") == 3  # three lengths
+    assert report["ok"] and len([f for f in report["findings"] if "enlarged" in f["text"]]) == 6
+
+
+def test_check_of_an_identity_clip(tmp_path, wave):
+    clip(tmp_path / "one/a.mp4", 7)
+    report = data.check_case(data.load_case(tmp_path / "one", wave, "dog *"), 16, 24, 5)
+    assert "Only the first of 7 frames is used." in data.format_report(report)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real folders (../shared/real) are not here")
+def test_real_folders():
+    case = data.load_case(REAL / "dog", REAL / "playingGuitar")
+    assert (len(case.identity), len(case.motion)) == (5, 15)
+    assert {item.path.suffix for item in case.identity} == {".png"}
+    assert (case.class_word, case.motion_words, case.notes) == ("dog", "playing guitar", [])
+    report = data.check_case(case, 480, 720, 49)
+    assert report["ok"] and not report["warnings"]
+    assert {(row["frames"], row["used"], row["fps"]) for row in report["motion"]} == {(250, 49, 25.0)}
+    assert data.read_item(case.motion[0], 64, 64, 9).shape == (9, 64, 64, 3)
+    with pytest.raises(InputError, match="00.mp4 has 1 frame"):
+        data.read_item(data.load_case(REAL / "dog", REAL / "dog").motion[0], 64, 64, 9)

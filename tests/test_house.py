@@ -1,0 +1,52 @@
+"""Lists that must agree with the files they name."""
+from configparser import ConfigParser
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pages(contents) -> list[str]:
+    "Every file named in a sidebar list of `_quarto.yml`, in order."
+    found = []
+    for entry in contents:
+        if isinstance(entry, str): found.append(entry)
+        else: found += pages(entry["contents"]) if "contents" in entry else [entry["href"]]
+    return found
+
+
+def test_navigation_lists_every_notebook_once():
+    site = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
+    listed = pages(site["website"]["sidebar"]["contents"])
+    notebooks = [p.relative_to(ROOT/"nbs") for p in (ROOT/"nbs").rglob("*.ipynb")]
+    there = [p.as_posix() for p in notebooks if not any(part[0] in "._" for part in p.parts)]
+    assert sorted(listed) == sorted(there)
+
+
+def test_exported_lines_fit_the_page():
+    "At most 110 characters in a cell; what nbdev writes above the first cell is its own affair."
+    wide = []
+    for module in sorted((ROOT/"dualreal").glob("[!_]*.py")):
+        lines = module.read_text(encoding="utf-8").split("\n")
+        first = next(i for i, line in enumerate(lines) if line.startswith("# %% ../"))
+        wide += [f"{module.name}:{i+1}" for i, line in enumerate(lines) if i > first and len(line) > 110]
+    assert not wide, f"over 110 characters: {', '.join(wide)}"
+
+
+def test_requirements_survive_splitting():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    for key in ("requirements", "dev_requirements", "docs_requirements"):
+        for text in config["DEFAULT"].get(key, "").split(): Requirement(text)
+
+
+def test_version_is_the_same_everywhere():
+    import dualreal
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    version = config["DEFAULT"]["version"]
+    assert dualreal.__version__ == version
+    assert yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+    assert f"\n## {version}" in (ROOT/"CHANGELOG.md").read_text(encoding="utf-8")
