@@ -11,14 +11,14 @@ __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESS
 
 # %% ../nbs/02_toyworld.ipynb
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .core import InputError, atomic_path
-from .video import contact_sheet, write_video
+from .video import write_video
 
 # %% ../nbs/02_toyworld.ipynb
 PALETTE = dict(red=(214, 48, 44), orange=(243, 138, 32), yellow=(244, 211, 64), green=(56, 160, 70),
@@ -36,7 +36,7 @@ def rgb(colour:str|tuple # a name from `PALETTE`, `NEUTRAL` or `EXOTIC`, or thre
     return np.asarray(named[colour] if isinstance(colour, str) else colour, np.float32)
 
 # %% ../nbs/02_toyworld.ipynb
-def circle(u, v, x, y, r): 
+def circle(u, v, x, y, r):
     "Distance to a disc of radius `r` round (`x`, `y`)."
     return np.hypot(u - x, v - y) - r
 
@@ -175,7 +175,8 @@ def _hat(u, v, k):
 
 def _crown(u, v, k):
     x, y = k.top
-    spikes = [convex(u, v, (x + c - .18, y + .04), (x + c, y - .4), (x + c + .18, y + .04)) for c in (-.28, 0, .28)]
+    spike = lambda c: convex(u, v, (c - .18, y + .04), (c, y - .4), (c + .18, y + .04))
+    spikes = [spike(x - .28), spike(x), spike(x + .28)]
     return union(*spikes, box(u, v, x, y, .42, .1))
 
 def _bow(u, v, k):
@@ -201,8 +202,8 @@ class Subject:
     accessory:str="none" # a key of `ACCESSORIES`
 
     def __post_init__(self):
-        for value, table in ((self.kind, KINDS), (self.pattern, PATTERNS), (self.face, FACES),
-                             (self.accessory, ACCESSORIES)):
+        tables = KINDS, PATTERNS, FACES, ACCESSORIES
+        for value, table in zip((self.kind, self.pattern, self.face, self.accessory), tables):
             if value not in table: 
                 raise InputError(f"toyworld subject: {value!r} is none of {', '.join(table)}")
 
@@ -255,12 +256,13 @@ MOTIONS = {name: Motion(phrase, _path(path)) for name, phrase, path in (
 HELD_OUT_MOTIONS = {name: Motion(phrase, _path(path)) for name, phrase, path in (
     ("swinging", "swinging", lambda t, p: (1.1 * np.sin(np.cos(TAU * t + p)),
         1.8 * np.cos(np.cos(TAU * t + p)) - 1.4, 0, -.7 * np.cos(TAU * t + p))),
-    ("figure_eight", "tracing a figure eight", lambda t, p: (np.sin(TAU * t + p), .8 * np.sin(2 * (TAU * t + p)), 0, 0)),
+    ("figure_eight", "tracing a figure eight", lambda t, p: (np.sin(TAU * t + p),
+        .8 * np.sin(2 * (TAU * t + p)), 0, 0)),
     ("spiralling", "spiralling", lambda t, p: ((1 - .8 * t) * np.cos(1.6 * TAU * t + p),
         (1 - .8 * t) * np.sin(1.6 * TAU * t + p), .4 - 1.2 * t, 0)),
     ("hopping", "hopping", lambda t, p: (2 * t - 1, .6 - 1.2 * np.abs(np.sin(TAU * t + p)), 0, 0)),
     ("shaking", "shaking", lambda t, p: (.5 * np.sin(3 * TAU * t + p), 0, 0, 0)),
-    ("zigzag", "zigzagging", lambda t, p: (2 / np.pi * np.arcsin(np.sin(2 * TAU * t + p)) * .9, 2 * t - 1, 0, 0)),
+    ("zigzag", "zigzagging", lambda t, p: (.57 * np.arcsin(np.sin(2 * TAU * t + p)), 2 * t - 1, 0, 0)),
     ("pulsing", "pulsing", lambda t, p: (0, 0, np.sin(2 * TAU * t + p), 0)),
     ("somersault", "somersaulting", lambda t, p: (0, .8 - 1.7 * np.sin(np.pi * t), 0, TAU * t)),
     ("tumbling", "tumbling", lambda t, p: (1 - 2 * t, .3 * np.sin(TAU * t + p), 0, -TAU * t)))}
@@ -318,6 +320,7 @@ def _local(rows, cols, x, y, angle, unit):
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
     return tuple((c / unit).astype(np.float32) for c in (cos * dx + sin * dy, cos * dy - sin * dx))
 
+# %% ../nbs/02_toyworld.ipynb
 def paint(subject:Subject,
           canvas:np.ndarray, # float32 (F, H, W, 3), painted over in place
           x:np.ndarray, y:np.ndarray, # (F,) centre, pixels
@@ -408,11 +411,15 @@ def random_caption(rng, truth:Truth) -> str: # with colour, kind and place each 
         None if heard(.8) else "creature")
     return text if motion or heard(.6) else text.split(" ", 1)[1] # a picture's caption may lack its article
 
-def random_clip(rng, picture:float=.15, height:int=64, width:int=64, frames:int=9) -> tuple: # frames, caption, truth
-    "A captioned clip (or, with chance `picture`, a captioned picture: one frame) as pretraining sees it."
+def random_clip(rng, # numpy Generator
+                picture:float=.15, # chance of a picture: one frame
+                height:int=64, width:int=64, frames:int=9
+               ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
+    "A captioned clip, or a captioned picture, as pretraining sees it."
     motion, place = str(rng.choice(list(MOTIONS))), str(rng.choice(list(BACKGROUNDS)))
     if rng.random() < picture: motion, frames = "still", 1
-    clip, truth = render(random_subject(rng), motion, place, frames, height, width, rng, rng.uniform(.25, .34))
+    size = rng.uniform(.25, .34)
+    clip, truth = render(random_subject(rng), motion, place, frames, height, width, rng, size)
     return clip, random_caption(rng, truth), truth
 
 # %% ../nbs/02_toyworld.ipynb
@@ -429,7 +436,7 @@ HELD_OUT_SUBJECTS = dict(
     olive_robot=Subject("robot", "olive", "lavender", "diagonal", "wide", "hat"))
 
 # %% ../nbs/02_toyworld.ipynb
-def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4` and a `prompts.txt` in each of the two
+def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, and a `prompts.txt` in both
                subject:str|Subject="teal_cat", # a key of `HELD_OUT_SUBJECTS`, or a subject
                motion:str="swinging", # a motion's name
                images:int=4, clips:int=6, seed:int=0,
@@ -447,16 +454,16 @@ def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4` and
     return folder
 
 # %% ../nbs/02_toyworld.ipynb
-def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=64) -> list: # of uint8 (H, W, 3)
-    "Pictures of one subject, each in another place, size and tilt."
+def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=64) -> list:
+    "Pictures of one subject, uint8 (H, W, 3), each in another place, size and tilt."
     places = [str(p) for p in rng.permutation(list(BACKGROUNDS))]
-    return [render(subject, "still", places[i % len(places)], 1, height, width, rng, rng.uniform(.27, .34), 2.)[0][0]
-            for i in range(count)]
+    shot = lambda i: render(subject, "still", places[i % 6], 1, height, width, rng, rng.uniform(.27, .34), 2.)
+    return [shot(i)[0][0] for i in range(count)]
 
-def motion_clips(motion:str, count:int, rng, frames:int=9, height:int=64, width:int=64) -> list: # of uint8 (F, H, W, 3)
-    "Clips of one motion, each by another random subject."
-    return [render(random_subject(rng), motion, str(rng.choice(list(BACKGROUNDS))), frames, height, width, rng)[0]
-            for _ in range(count)]
+def motion_clips(motion:str, count:int, rng, frames:int=9, height:int=64, width:int=64) -> list:
+    "Clips of one motion, uint8 (F, H, W, 3), each by another random subject."
+    place = lambda: str(rng.choice(list(BACKGROUNDS)))
+    return [render(random_subject(rng), motion, place(), frames, height, width, rng)[0] for _ in range(count)]
 
 def _held_out(name):
     if name in HELD_OUT_SUBJECTS: return HELD_OUT_SUBJECTS[name]
