@@ -102,7 +102,7 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
     "Load a stock pipeline; `InputError` says what is missing and how to get it."
     folder, device = find_base(base), pick_device(str(device))
     if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
-    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "pipeline of unknown class")
     if kind != "CogVideoXPipeline":
         raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")
     pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype).to(device)
@@ -125,17 +125,22 @@ class BaseSize:
     reference_encoder:str="ViT-H-14" # see `load_reference_encoder`
     training:dict=field(default_factory=dict) # `TrainConfig` values this base wants instead of the published
 
-def _size_of(pipe):
-    c, v = pipe.transformer.config, pipe.vae_scale_factor_spatial
-    groups = max(n for n in range(1, 8) if c.num_layers % n == 0)
-    return BaseSize(c.sample_height * v, c.sample_width * v, c.sample_frames, c.max_text_seq_length,
-        16 if getattr(c, "patch_size_t", None) else 8, groups=groups)
+def _size_of(c, stride): # the transformer's configuration, the VAE's stride in space
+    groups = max(n for n in range(1, 8) if c["num_layers"] % n == 0)
+    return BaseSize(c["sample_height"] * stride, c["sample_width"] * stride, c["sample_frames"], c["max_text_seq_length"],
+        16 if c.get("patch_size_t") else 8, groups=groups)
 
-def base_size(pipe:CogVideoXPipeline) -> BaseSize:
+def base_size(base:CogVideoXPipeline|Path) -> BaseSize: # a pipeline, or its folder (nothing is loaded then)
     "What the base was made for: its `dualreal.json` over its transformer's configuration."
-    note = Path(pipe.config._name_or_path or ".") / "dualreal.json"
-    told = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    return BaseSize(**{**asdict(_size_of(pipe)), **told})
+    read = lambda path: json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(base, (str, Path)):
+        folder = Path(base)
+        size = _size_of(read(folder / "transformer/config.json"), 2 ** (len(read(folder / "vae/config.json")["block_out_channels"]) - 1))
+    else:
+        folder = Path(base.config._name_or_path or ".")
+        size = _size_of(base.transformer.config, base.vae_scale_factor_spatial)
+    note = folder / "dualreal.json"
+    return BaseSize(**{**asdict(size), **(read(note) if note.is_file() else {})})
 
 # %% ../nbs/04_backbone.ipynb
 class ReferenceEncoder:
@@ -195,7 +200,7 @@ def _default_encoder(base):
 
 def _open_clip(name):
     "Image tower and preprocessing of an open_clip folder, or of a ViT-H-14 checkpoint file."
-    import open_clip # here: it costs a second, and most uses of this module need none
+    import open_clip  # here: it costs a second, and most uses of this module need none
 
     folder = None if Path(name).is_file() else _encoder_folder(name)
     lacking = [f for f in OPEN_CLIP_FILES if folder and not (folder / f).is_file()]

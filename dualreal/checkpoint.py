@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['FILE', 'REFERENCE', 'adapter_tensors', 'published_state', 'inferred_config', 'save_adapter', 'shape_of',
-           'find_adapter', 'read_adapter', 'load_adapter']
+           'find_adapter', 'read_adapter', 'load_adapter', 'convert_adapter']
 
 # %% ../nbs/20_checkpoint.ipynb
 import json
@@ -163,3 +163,18 @@ def _check_base(transformer, tensors, info, source):
     if wrong and blocks:
         base = f" ({info['base']})" if info.get("base") else ""
         raise InputError(f"{source}: made for another base{base}: {', '.join(wrong)}; load it with the base it was trained on")
+
+# %% ../nbs/20_checkpoint.ipynb
+def convert_adapter(source, target) -> Path: # target: *.safetensors, or *.pth for the published dictionary
+    "Rewrite an adapter file in the other format; returns the new file."
+    target, (tensors, info, reference) = Path(target), read_adapter(source)
+    if target.suffix not in (".safetensors", ".pth"):
+        raise InputError(f"{target}: the target must end in .safetensors or .pth")
+    config = info.get("config") or {k: getattr(inferred_config(tensors), k) for k in _CONFIG}
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    with atomic_path(target) as tmp:
+        if target.suffix == ".pth": torch.save(tensors, tmp)
+        else:
+            if reference is not None: tensors[REFERENCE] = reference
+            save_file(tensors, tmp, {"format": "pt", "dualreal": json.dumps(dict(info, config=config), default=str)})
+    return target

@@ -123,8 +123,8 @@ def encode_case(pipe,                  # with VAE, tokenizer and text encoder
     for prompt in {i.prompt for i in case.identity + case.motion}: check_prompt(pipe.tokenizer, prompt, max_tokens)
     prints = dict(vae=fingerprint(pipe.vae), text=fingerprint(pipe.text_encoder), reference=encoder and encoder.name)
     work = _Work(pipe, height, width, frames, max_tokens, encoder, norm, cache, prints)
-    bar = tqdm(case.identity + case.motion, "encoding", disable=not progress, leave=False)
-    done = [work.encode(item) for item in bar]
+    with tqdm(case.identity + case.motion, "encoding", disable=not progress, leave=False) as bar: # closed also on an error
+        done = [work.encode(item) for item in bar]
     return EncodedCase(done[:len(case.identity)], done[len(case.identity):], cache.hits)
 
 # %% ../nbs/21_encode.ipynb

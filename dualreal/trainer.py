@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['PUBLISHED', 'COLOURS', 'TrainConfig', 'completed', 'joint_prompt', 'Shuffled', 'micro_batches', 'Run', 'train_step',
            'batch_loss', 'trainable', 'check_out', 'check_same', 'prepare', 'save_checkpoint', 'checkpoints', 'restore',
-           'facts', 'sample', 'save_samples', 'loss_figure', 'train', 'finish', 'reference_rows']
+           'facts', 'sample', 'save_samples', 'loss_figure', 'train', 'loop', 'finish', 'reference_rows']
 
 # %% ../nbs/24_trainer.ipynb
 import json
@@ -286,8 +286,8 @@ def restore(run:Run) -> Path | None: # the checkpoint used; None: there is none,
     "Continue from the newest checkpoint that can be read; a damaged one is named and passed over."
     for folder in checkpoints(run.out):
         try: state, (tensors, _, _) = torch.load(folder/"state.pt", weights_only=True), read_adapter(folder)
-        except (InputError, OSError, RuntimeError, EOFError, ValueError) as e:
-            print(f"{folder}: cannot be read, going back to the one before ({str(e).splitlines()[0][:120]})")
+        except Exception as e: # a damaged pickle can raise nearly anything
+            print(f"{folder}: cannot be read ({type(e).__name__}), going back to the one before")
             continue
         with torch.no_grad():
             for k, p in adapter_tensors(run.pipe.transformer).items(): p.copy_(tensors[k])
@@ -306,8 +306,7 @@ def facts(run:Run) -> dict:
     c = run.config
     settings = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in _MAY_DIFFER}
     return dict(base=c.base, subject=run.words["subject"], motion=run.words["motion"], class_word=run.words["class_word"], steps_done=run.step,
-                training=settings, generation=dict(height=c.height, width=c.width, frames=run.size.frames, steps=run.size.steps,
-                guidance=run.size.guidance, max_tokens=run.size.max_tokens, fps=run.size.fps), environment=environment())
+                training=settings, generation=dict(height=c.height, width=c.width), environment=environment())
 
 # %% ../nbs/24_trainer.ipynb
 def sample(run:Run, prompt, seed, progress=False):
@@ -319,8 +318,8 @@ def sample(run:Run, prompt, seed, progress=False):
     checkpointing, run.pipe.transformer.gradient_checkpointing = run.pipe.transformer.gradient_checkpointing, False
     try:
         with torch.no_grad():
-            made = generate(run.pipe, prompt, run.texts[prompt].to(**like), run.texts[""].to(**like), run.case.reference, run.config.height, run.config.width,
-                            run.size.frames, run.size.steps, run.size.guidance, seed, progress=progress, max_tokens=run.size.max_tokens)
+            made = generate(run.pipe, prompt, run.texts[prompt].to(**like), run.texts[""].to(**like), run.case.reference, seed,
+                            progress=progress, height=run.config.height, width=run.config.width)
     finally:
         run.pipe.scheduler, run.pipe.transformer.gradient_checkpointing = kept, checkpointing
         if device.type != "cpu": run.pipe.vae.to("cpu")
@@ -329,7 +328,7 @@ def sample(run:Run, prompt, seed, progress=False):
 def save_samples(run:Run, folder, count, progress=False) -> list:
     "`count` videos with their records, prompts in turn, seeds counting up; returns (label, frames) rows."
     rows = []
-    for i in tqdm(range(count), "videos", disable=not progress, leave=False):
+    for i in tqdm(range(count), "videos", disable=not progress):
         prompt, seed = run.words["prompts"][i % len(run.words["prompts"])], run.config.seed + i
         made = sample(run, prompt, seed)
         write_video(folder/f"{i:02d}.mp4", made.frames, run.size.fps)
@@ -366,8 +365,14 @@ def train(config:TrainConfig,
     restored = restore(run) if config.resume else None
     write_json(run.out/"config.json", asdict(run.config))
     if restored and progress: print(f"continuing from {restored}")
-    bar, before, start = tqdm(total=run.config.steps, initial=run.step, desc="training", disable=not progress), run.seconds.get("train", 0.), time.perf_counter()
-    means = {}
+    with tqdm(total=run.config.steps, initial=run.step, desc="training", disable=not progress) as bar:
+        loop(run, bar, on_step)
+    return finish(run, progress) if run.accelerator.is_main_process else run.out/FILE
+
+# %% ../nbs/24_trainer.ipynb
+def loop(run:Run, bar, on_step=None):
+    "Step until the last one; stop at a loss that is not finite."
+    before, start, means = run.seconds.get("train", 0.), time.perf_counter(), {}
     while run.step < run.config.steps:
         row = train_step(run)
         if not math.isfinite(row["loss"]): raise FloatingPointError(_diverged(run, row))
@@ -378,8 +383,6 @@ def train(config:TrainConfig,
         bar.update()
         if on_step is not None: on_step(run, row)
         if run.accelerator.is_main_process: _at_intervals(run)
-    bar.close()
-    return finish(run, progress) if run.accelerator.is_main_process else run.out/FILE
 
 # %% ../nbs/24_trainer.ipynb
 def _at_intervals(run):
