@@ -9,6 +9,7 @@ __all__ = ['SITES', 'DualRealConfig', 'Sites', 'sites_of', 'DualRealLayer', 'Mom
 
 # %% ../nbs/12_tuner.ipynb
 import inspect
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -242,7 +243,9 @@ class DualRealModel(BaseTuner):
         except InputError:
             if not hasattr(model, "peft_config"): model._hf_peft_config_loaded = False # diffusers was hasty
             raise
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        with warnings.catch_warnings(): # of a second adapter, which is fine
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def _prepare_adapter_config(self, peft_config, model_config): return peft_config
 

@@ -13,7 +13,7 @@ from dualreal.switch import focus
 from dualreal.tuner import blend_weights, reference
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
-pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason=f"the published recordings are not here ({GOLDENS})")
+pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason=f"no published recordings here ({GOLDENS})")
 ADAPTER = ("id_attn", "id_ff", "motion_attn", "motion_ff", "controller")
 
 
@@ -67,8 +67,9 @@ def test_forward_and_gradients(name, fused):
 def test_training_run(fused):
     tensors, metadata = read("training_masked")
     transformer = build(tensors, metadata, fused)
-    scheduler = CogVideoXDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, snr_shift_scale=1.0,
-                                      rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    scheduler = CogVideoXDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, snr_shift_scale=1.0,
+        rescale_betas_zero_snr=True, prediction_type="v_prediction")
     before = published_state(transformer)
     before = {k: v.clone() for k, v in before.items()}
     parameters = [p for p in transformer.parameters() if p.requires_grad]
@@ -77,8 +78,8 @@ def test_training_run(fused):
     for s, is_motion in enumerate(tensors["in/motion_steps"].tolist()):
         step = under(tensors, f"step{s}/")
         focus(transformer, "motion" if is_motion else "identity")
-        loss = denoising_loss(transformer, scheduler, step["latents"], step["text"], step["timestep"], step["noise"],
-                              reference=step["reference"] if is_motion else None,
+        loss = denoising_loss(transformer, scheduler, step["latents"], step["text"], step["timestep"],
+                              step["noise"], reference=step["reference"] if is_motion else None,
                               image_rotary_emb=(tensors["in/rope_cos"], tensors["in/rope_sin"]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
