@@ -224,11 +224,10 @@ def run_check(args):
 # %% ../nbs/41_cli.ipynb
 def run_inspect(args):
     "dualreal inspect: what an adapter file says about itself."
-    from dualreal.checkpoint import find_adapter, inferred_config, read_adapter
+    from dualreal.checkpoint import find_adapter, read_adapter
     path = find_adapter(args.path)
     tensors, info, reference = read_adapter(path)
-    settings = "rank groups condition_dim scale identity motion controller".split()
-    config = info.get("config") or {k: getattr(inferred_config(tensors), k) for k in settings}
+    config = _settings(tensors, info)
     facts = dict(file=f"{path} ({path.stat().st_size/1e6:.1f} MB)",
                  kind="dualreal" if info else "published dictionary (configuration inferred)",
                  tensors=f"{len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
@@ -238,11 +237,31 @@ def run_inspect(args):
     rows += [(k, v) for k, v in info.get("training", {}).items() if v is not None and k not in said]
     for name, value in rows: print(f"{name:18} {value}")
 
+def _settings(tensors, info):
+    "The adapter's configuration: stored, or inferred from the tensors of a published dictionary."
+    from dualreal.checkpoint import inferred_config
+    names = "rank groups condition_dim scale identity motion controller".split()
+    return info.get("config") or {k: getattr(inferred_config(tensors), k) for k in names}
+
 # %% ../nbs/41_cli.ipynb
 def run_convert(args):
     "dualreal convert: between our file and the published dictionary."
-    from dualreal.checkpoint import convert_adapter
-    print(f"wrote {convert_adapter(args.source, args.target)}")
+    import torch
+    from safetensors.torch import save_file
+
+    from dualreal.checkpoint import REFERENCE, read_adapter
+    from dualreal.core import atomic_path
+    target, (tensors, info, reference) = Path(args.target), read_adapter(args.source)
+    if target.suffix not in (".safetensors", ".pth"):
+        raise InputError(f"{target}: the target must end in .safetensors or .pth")
+    info = json.dumps(dict(info, config=_settings(tensors, info)), default=str)
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    with atomic_path(target) as tmp:
+        if target.suffix == ".pth": torch.save(tensors, tmp) # has no place for anything else
+        else:
+            if reference is not None: tensors[REFERENCE] = reference
+            save_file(tensors, tmp, {"format": "pt", "dualreal": info})
+    print(f"wrote {target}")
 
 # %% ../nbs/41_cli.ipynb
 def run_demo(args):

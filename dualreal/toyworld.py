@@ -396,12 +396,15 @@ def caption(subject:Subject,
 def _article(noun): return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 # %% ../nbs/02_toyworld.ipynb
-def random_subject(rng) -> Subject: # numpy Generator -> a subject
+def random_subject(rng, # numpy Generator
+                   fancy:float=.4 # chance of a pattern, and of an accessory
+                  ) -> Subject:
     "A subject that pretraining may see: first colour from the palette, second from palette and neutrals."
     one = lambda names: str(rng.choice(list(names)))
     colour = one(PALETTE)
     second = one(c for c in [*PALETTE, *NEUTRAL] if c != colour)
-    return Subject(one(KINDS), colour, second, one(PATTERNS), one(FACES), one(ACCESSORIES))
+    pattern, accessory = (one(t) if rng.random() < fancy else next(iter(t)) for t in (PATTERNS, ACCESSORIES))
+    return Subject(one(KINDS), colour, second, pattern, one(FACES), accessory)
 
 def random_caption(rng, truth:Truth) -> str: # with colour, kind and place each left out now and then
     "One of the captions that fit what `truth` shows."

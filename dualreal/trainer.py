@@ -248,7 +248,8 @@ def prepare(config:TrainConfig, progress=True) -> Run:
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word)
     files = {k: [str(item.path) for item in getattr(case, k)] for k in ("identity", "motion")}
     run = Run(config, accelerator, pipe, None, encoded, texts, dict(words, prompts=prompts), files, size,
-              None, None, switch, torch.Generator().manual_seed(config.seed + 1_000_003 * accelerator.process_index),
+              None, None, switch,
+              torch.Generator().manual_seed(config.seed + 1_000_003 * accelerator.process_index), # own draws
               {k: Shuffled(len(paths)) for k, paths in files.items()})
     _attach(run, adapter)
     run.seconds["prepare"] = time.perf_counter() - start

@@ -83,7 +83,7 @@ def random_weights(config, dtype=torch.float64, seed=3, layers=LAYERS):
 
 def attach(transformer, config, name="default", seed=3, **more):
     "Give a transformer an adapter of the table with random weights."
-    known = {k: v for k, v in {**config, **more}.items() if k in ("scale", "fused")}  # the rest shows in the weights
+    known = {k: v for k, v in {**config, **more}.items() if k in ("scale", "fused")}  # weights tell the rest
     load_adapter(transformer, random_weights(config, transformer.dtype, seed), name, **known)
     return transformer
 
@@ -109,7 +109,7 @@ def gradients(transformer, e=None, between=None):
     return out.detach(), grads
 
 
-# The method, written down a third time: of a stock transformer and a published dictionary, with nothing of ours.
+# The method, written down a third time: from a stock transformer and a published dictionary, nothing of ours.
 
 def linear(weights, name, x): return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
@@ -326,7 +326,7 @@ def test_weights_of_adapters():
     assert torch.equal(run(transformer, embedding()), half) and not torch.equal(half, only)
     transformer.delete_adapters("a")
     attach(transformer, CONFIGS["default"], "a")
-    assert torch.equal(run(transformer, embedding()), only)  # a new adapter does not inherit an old one's weight
+    assert torch.equal(run(transformer, embedding()), only)  # the new one does not inherit the weight
     plain = stock()
     with torch.no_grad(): expected = plain(**inputs()).sample
     assert torch.equal(run(transformer, embedding(), attention_kwargs={"scale": 0.}), expected)
@@ -369,9 +369,10 @@ def test_beside_a_lora():
 def test_refused_adapters():
     transformer = stock()
     names = [n for n, _ in transformer.named_parameters()]
-    for groups, name, says in [(3, "default", r"groups=3 .* \[1, 2, 4\]"), (2, "v1.5", "'v1.5'"), (2, "", "''"),
-                               (2, "keys", "'keys'")]:
-        with pytest.raises(InputError, match=says): transformer.add_adapter(DualRealConfig(groups=groups), name)
+    wrong = {"default": r"groups=3 .* \[1, 2, 4\]", "v1.5": "'v1.5'", "": "''", "keys": "'keys'"}
+    for name, says in wrong.items():
+        config = DualRealConfig(groups=3 if name == "default" else 2)
+        with pytest.raises(InputError, match=says): transformer.add_adapter(config, name)
         assert [n for n, _ in transformer.named_parameters()] == names
         assert not hasattr(transformer, "peft_config")
     with torch.no_grad(): expected = stock()(**inputs()).sample
