@@ -239,7 +239,8 @@ class DualRealModel(BaseTuner):
     prefix, tuner_layer_cls = "dualreal_", DualRealLayer
 
     def __init__(self, model, peft_config, adapter_name, **kwargs):
-        try: check_attachable(model, peft_config, adapter_name)
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        try: check_attachable(model, config, adapter_name)
         except InputError:
             if not hasattr(model, "peft_config"): model._hf_peft_config_loaded = False # diffusers was hasty
             raise
