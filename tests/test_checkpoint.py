@@ -1,4 +1,4 @@
-"""Adapter files as they come: published, wrapped, half-written, foreign. What does not fit leaves nothing behind."""
+"""Adapter files as they come: published, wrapped, half-written, foreign. What does not fit leaves no trace."""
 import json
 import pickle
 
@@ -45,7 +45,7 @@ def test_what_does_not_match_is_named():
     refused({k: v for k, v in WEIGHTS.items() if "controller" in k}, "not a DualReal adapter")
     refused({**WEIGHTS, "step": 3}, "'step' is no tensor")
     refused({}, "not a DualReal adapter")
-    refused(WEIGHTS, "missing", rank=4)
+    refused(WEIGHTS, "of another shape", rank=4)
     refused(WEIGHTS, "v1.5", adapter_name="v1.5")
 
 
@@ -70,21 +70,22 @@ def test_precisions(tmp_path, dtype, suffix):
 
 
 def test_what_the_file_says(tmp_path):
-    about = dict(base="toy", subject="cat *", training=dict(steps=3, out=tmp_path))
-    path = save_adapter(adapted(CONFIGS["scale 1"]), tmp_path / "run.v2", metadata=about, reference=embedding()[:1])
+    about, e = dict(base="toy", subject="cat *", training=dict(steps=3, out=tmp_path)), embedding()[:1]
+    path = save_adapter(adapted(CONFIGS["scale 1"]), tmp_path / "run.v2", metadata=about, reference=e)
     assert path == tmp_path / "run.v2" / FILE
     with safe_open(path, "pt") as f: info = json.loads(f.metadata()["dualreal"])
     assert info["config"] == dict(rank=3, groups=2, condition_dim=5, scale=1., identity=True, motion=True,
                                   controller=True)
-    assert info["transformer"] == {"class": "CogVideoXTransformer3DModel", "blocks": 4, "width": 16, "time_dim": 8}
+    assert info["transformer"] == dict(blocks=4, width=16, time_dim=8) | {"class": type(stock()).__name__}
     assert info["training"] == dict(steps=3, out=str(tmp_path)) and info["subject"] == "cat *"
-    tensors, read, e = read_adapter(path.parent)
-    assert read == info and torch.equal(e, embedding()[:1]) and tensors.keys() == WEIGHTS.keys()
+    tensors, read, carried = read_adapter(path.parent)
+    assert read == info and torch.equal(carried, e) and tensors.keys() == WEIGHTS.keys()
     assert load_adapter(stock(), path).scale == 1. and load_adapter(stock(), path, fused=False).fused is False
     for shape in ((5,), (1, 5), (1, 1, 5)):
         save_adapter(adapted(), tmp_path, reference=torch.ones(shape))
         assert read_adapter(tmp_path)[2].shape == (1, REFERENCE)
-    with pytest.raises(InputError, match=r"\(2, 5\)"): save_adapter(adapted(), tmp_path, reference=embedding())
+    with pytest.raises(InputError, match=r"\(2, 5\)"):
+        save_adapter(adapted(), tmp_path, reference=embedding())
     assert torch.equal(read_adapter(tmp_path)[2], torch.ones(1, REFERENCE))  # what was saved is still there
 
 
@@ -99,6 +100,7 @@ def test_folders(tmp_path):
     refused(tmp_path, "more than one adapter file .b.safetensors, c.safetensors.")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_and_foreign_files(tmp_path):
     whole = save_adapter(adapted(), tmp_path / "whole.safetensors").read_bytes()
     files = {"cut.safetensors": whole[:900], "empty.safetensors": b"", "text.safetensors": b"hello" * 99,
@@ -138,10 +140,10 @@ def test_metadata_of_other_versions(tmp_path):
 
 def test_over_an_attached_adapter():
     transformer = adapted(fused=False)
-    before = list(transformer.parameters())
+    before = [id(p) for p in transformer.parameters()]
     new = random_weights(CONFIGS["default"], seed=8)
     assert load_adapter(transformer, new).fused is False
-    assert [id(p) for p in transformer.parameters()] == [id(p) for p in before]  # an optimiser still holds them
+    assert [id(p) for p in transformer.parameters()] == before  # an optimiser still holds them
     assert all(torch.equal(v, new[k]) for k, v in published_state(transformer).items())
     for config in ("one group", "rank 1", "no condition", "motion only"):
         refused(random_weights(CONFIGS[config]), "other settings", transformer)
