@@ -1,4 +1,4 @@
-"""Adapter files as they come: published, wrapped, half-written, foreign. What does not fit leaves no trace."""
+"""Adapter files as they come: published, wrapped, cut off, foreign. What does not fit leaves no trace."""
 import json
 import pickle
 
