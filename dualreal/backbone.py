@@ -78,7 +78,7 @@ def missing_files(folder) -> list[str]: # relative paths, empty if complete
 # %% ../nbs/04_backbone.ipynb
 def find_base(base:str|Path="toy") -> Path: # complete pipeline folder
     "The folder of a base: the toy, a local folder, or a Hub id (downloaded, or found in the Hub's cache)."
-    folder = toy_base_path() if base == "toy" else Path(base)
+    folder = toy_base_path() if base == "toy" else Path(base).expanduser().resolve()
     if not folder.is_dir(): return _from_hub(str(base))
     missing = missing_files(folder)
     if missing:
@@ -102,7 +102,8 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
     "Load a stock pipeline; `InputError` says what is missing and how to get it."
     folder, device = find_base(base), pick_device(str(device))
     if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
-    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "pipeline of unknown class")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kind = index.get("_class_name", "pipeline of unknown class")
     if kind != "CogVideoXPipeline":
         raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")
     pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype).to(device)
@@ -127,15 +128,16 @@ class BaseSize:
 
 def _size_of(c, stride): # the transformer's configuration, the VAE's stride in space
     groups = max(n for n in range(1, 8) if c["num_layers"] % n == 0)
-    return BaseSize(c["sample_height"] * stride, c["sample_width"] * stride, c["sample_frames"], c["max_text_seq_length"],
-        16 if c.get("patch_size_t") else 8, groups=groups)
+    return BaseSize(c["sample_height"] * stride, c["sample_width"] * stride, c["sample_frames"],
+        c["max_text_seq_length"], 16 if c.get("patch_size_t") else 8, groups=groups)
 
 def base_size(base:CogVideoXPipeline|Path) -> BaseSize: # a pipeline, or its folder (nothing is loaded then)
     "What the base was made for: its `dualreal.json` over its transformer's configuration."
     read = lambda path: json.loads(path.read_text(encoding="utf-8"))
     if isinstance(base, (str, Path)):
         folder = Path(base)
-        size = _size_of(read(folder / "transformer/config.json"), 2 ** (len(read(folder / "vae/config.json")["block_out_channels"]) - 1))
+        levels = len(read(folder / "vae/config.json")["block_out_channels"])
+        size = _size_of(read(folder / "transformer/config.json"), 2 ** (levels - 1))
     else:
         folder = Path(base.config._name_or_path or ".")
         size = _size_of(base.transformer.config, base.vae_scale_factor_spatial)
@@ -193,7 +195,7 @@ def _encoder_help(repo):
 # %% ../nbs/04_backbone.ipynb
 def _default_encoder(base):
     "The encoder a base asks for: its `dualreal.json`, else CogVideoX's."
-    folder = toy_base_path() if base == "toy" else Path(base)
+    folder = toy_base_path() if base == "toy" else Path(base).expanduser().resolve()
     note = folder / "dualreal.json"
     told = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     return told.get("reference_encoder", BaseSize.reference_encoder)

@@ -173,26 +173,27 @@ class Conductor(Moments):
 # %% ../nbs/12_tuner.ipynb
 class Site(DualRealLayer):
     "Wraps one module of a block: adds the bottlenecks' output to the module's own."
-    adapter_layer_names, other_param_names = ("dualreal_bottleneck",), ("scaling", "groups")
+    adapter_layer_names = ("dualreal_bottleneck",)
 
     def __init__(self, base_layer, block):
         super().__init__(base_layer)
-        self.dualreal_bottleneck = nn.ModuleDict()
-        self.block, self.groups = block, {}
+        self.dualreal_bottleneck, self.block = nn.ModuleDict(), block
 
     def add(self, name, config, width, blocks):
         "A pair of bottlenecks for the adapter `name`."
         pair = BottleneckPair(width, config.rank, config.condition_dim, config.identity, config.motion,
                               config.fused)
+        group = group_of(self.block, blocks, config.groups) if config.controller else 0
+        pair.register_buffer("group", torch.tensor([group]), persistent=False)
         self.dualreal_bottleneck[name], self.scaling[name] = self.place(pair), 1.
-        self.groups[name] = group_of(self.block, blocks, config.groups) if config.controller else 0
 
     def added(self, x, blend, out):
         "`out` plus what the active adapters add for the tokens x (B, N, d)."
         if blend is None: raise RuntimeError("call the transformer, not a block: the weights come from there")
         for name, (identity, motion, reference) in blend.items():
-            i = self.groups[name]
-            out = out + self.dualreal_bottleneck[name](x, identity[:, i], motion[:, i], reference)
+            pair = self.dualreal_bottleneck[name]
+            of_block = [w.index_select(1, pair.group)[:, 0] for w in (identity, motion)]    # (B,) each
+            out = out + pair(x, *of_block, reference)
         return out
 
 # %% ../nbs/12_tuner.ipynb
