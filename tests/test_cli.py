@@ -221,10 +221,10 @@ def test_interrupted_and_continued(home, trained, case, tmp_path, capsys, monkey
 def test_size_of_training_is_the_size_of_videos(home, tmp_path):
     "Also frames that the VAE cannot return: 13 are trained on, 9 are made."
     run = tmp_path / "run"
-    assert main(train(home / "case", run, "--frames", "13", "--height", "48", "--width", "32")) == 0
-    assert read_video(run / "samples/00.mp4")[0].shape == (9, 48, 32, 3)
+    assert main(train(home / "case", run, "--frames", "13")) == 0
+    assert read_video(run / "samples/00.mp4")[0].shape == (9, 64, 64, 3)
     assert main(generate(run, tmp_path / "new/folder/ä 猫.gif")) == 0
-    assert read_video(tmp_path / "new/folder/ä 猫.gif")[0].shape == (9, 48, 32, 3)
+    assert read_video(tmp_path / "new/folder/ä 猫.gif")[0].shape == (9, 64, 64, 3)
 
 
 @pytest.mark.parametrize("more", [
