@@ -42,9 +42,10 @@ def sized(pipe, **given) -> BaseSize: # given: values that are not None come bef
     for name, value in (("height", size.height), ("width", size.width)):
         if value < step or value % step:
             raise InputError(f"{name} {value}: this base needs a multiple of {step}")
-    own = base_size(pipe)
-    if pipe.transformer.config.use_learned_positional_embeddings and (size.height, size.width) != (own.height, own.width):
-        raise InputError(f"height {size.height}, width {size.width}: this base draws {own.height}x{own.width} only")
+    own, fixed = base_size(pipe), pipe.transformer.config.use_learned_positional_embeddings
+    if fixed and (size.height, size.width) != (own.height, own.width):
+        wrong = f"height {size.height}, width {size.width}"
+        raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")
     if size.frames < 1 or size.frames % 8 != 1:
         near = max(1, 8*round((size.frames - 1)/8) + 1)
         raise InputError(f"{size.frames} frames: this base generates 8k+1 frames (1, 9, 17, …); try {near}")
