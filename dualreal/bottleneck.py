@@ -81,4 +81,6 @@ class BottleneckPair(nn.Module):
     def forward(self, x, w_identity, w_motion, reference=None):
         "Tokens (B, N, d), weights (B,) each, reference (B|1, E) or None -> what the site adds, (B, N, d)."
         both = (self.identity, w_identity), (self.motion, w_motion)
-        return self.form([(b, w.to(x.dtype)) for b, w in both if b is not None], x, reference)
+        parts = [(b, w.to(x.dtype)) for b, w in both if b is not None]
+        away = any(b.down.weight.device != x.device for b, _ in parts)
+        return (naive_form if away else self.form)(parts, x, reference)

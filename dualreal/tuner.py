@@ -85,8 +85,7 @@ def sites_of(transformer) -> Sites:
 # %% ../nbs/12_tuner.ipynb
 class Blend:
     "The weights of one forward pass, the same object for all blocks."
-    # adapter: (identity weights (B, n), motion weights (B, n), reference or None)
-    def __init__(self): self.entries = {}
+    def __init__(self): self.entries = {} # adapter: (identity weights (B, n), motion weights, reference)
 
 # %% ../nbs/12_tuner.ipynb
 class DualRealLayer(nn.Module, BaseTunerLayer):
@@ -198,7 +197,8 @@ class Site(DualRealLayer):
         if blend is None: raise RuntimeError("call the transformer, not a block: the weights come from there")
         for name, (*weights, reference) in blend.entries.items():
             pair = self.dualreal_bottleneck[name]
-            weights = [w.to(x.device).index_select(1, pair.group)[:, 0] for w in weights]  # (B,) each
+            group = pair.group.to(x.device)
+            weights = [w.to(x.device).index_select(1, group)[:, 0] for w in weights]  # (B,) each
             out = out + pair(x, *weights, None if reference is None else reference.to(x.device))
         return out
 

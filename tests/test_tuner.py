@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
+from accelerate import cpu_offload, cpu_offload_with_hook
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tiny import (
     CONFIGS,
@@ -546,15 +546,17 @@ def test_parts_called_alone():
     with pytest.raises(RuntimeError, match="call the transformer"): block.ff(tokens)
 
 
-@pytest.mark.parametrize("kind", ["model", "block_level", "leaf_level"])
+@pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
 def test_offloading(kind):
     "Offloading rebuilds the arguments on their way to a device; here every device is the CPU."
     transformer, expected = adapted(), run(adapted(), embedding())
     if kind == "model": cpu_offload_with_hook(transformer, "cpu")
+    elif kind == "sequential": cpu_offload(transformer, torch.device("cpu"))
     else:
         groups = dict(num_blocks_per_group=1) if kind == "block_level" else {}
         transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), kind, **groups)
-    assert torch.equal(run(transformer, embedding()), expected)
+    with torch.no_grad(), reference(transformer, embedding()): out = transformer(**inputs()).sample
+    assert_close(out, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_no_memory_kept():
