@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESSORIES', 'TONES', 'TAU', 'MOTIONS',
            'HELD_OUT_MOTIONS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'rgb', 'circle', 'ellipse', 'box', 'convex', 'union',
            'Kind', 'kind', 'Subject', 'layers', 'Motion', 'plate', 'Truth', 'paint', 'tracks', 'find_motion', 'render',
-           'caption', 'random_subject', 'random_caption', 'random_clip', 'write_case', 'identity_pictures',
+           'flow', 'caption', 'random_subject', 'random_caption', 'random_clip', 'write_case', 'identity_pictures',
            'motion_clips']
 
 # %% ../nbs/02_toyworld.ipynb
@@ -379,6 +379,18 @@ def render(subject:Subject,
     names = motion if isinstance(motion, str) else motion.phrase, background if named else "custom"
     truth = Truth(x, y, scale, angle, mask, (stage + .5).astype(np.uint8), radius, subject, *names)
     return (canvas + .5).astype(np.uint8), truth
+
+# %% ../nbs/02_toyworld.ipynb
+def flow(truth:Truth # of a clip
+        ) -> np.ndarray: # float32 (F-1, H, W, 2): dx, dy in pixels from each frame to the next; 0 on the stage
+    "The true optical flow of a drawn clip."
+    rows, cols = (np.broadcast_to(np.arange(n), (len(truth.x), n)) for n in truth.mask.shape[1:])
+    u, v = _local(rows, cols, truth.x, truth.y, truth.angle, (truth.radius * truth.scale)[:, None, None])
+    unit, a = (truth.radius * truth.scale)[1:, None, None], truth.angle[1:, None, None]
+    x = truth.x[1:, None, None] + unit * (np.cos(a) * u[:-1] - np.sin(a) * v[:-1])
+    y = truth.y[1:, None, None] + unit * (np.sin(a) * u[:-1] + np.cos(a) * v[:-1])
+    move = np.stack([x - cols[:-1, None, :] - .5, y - rows[:-1, :, None] - .5], -1)
+    return np.where(truth.mask[:-1, ..., None] > .5, move, 0).astype(np.float32)
 
 # %% ../nbs/02_toyworld.ipynb
 def caption(subject:Subject,
