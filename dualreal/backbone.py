@@ -67,11 +67,16 @@ def _missing_of(part:Path):
         return [] if known else ["tokenizer.json"]
     return [f for f in ["config.json"] if not (part / f).is_file()] + _missing_weights(part)
 
+def _index(folder):
+    try: return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    except ValueError as e:
+        raise InputError(f"{folder}/model_index.json: not the index of a pipeline ({e}); fetch it again") from e
+
 def missing_files(folder) -> list[str]: # relative paths, empty if complete
     "What a pipeline folder lacks."
     folder = Path(folder)
     if not (folder / "model_index.json").is_file(): return ["model_index.json"]
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = _index(folder)
     parts = [k for k, v in index.items() if isinstance(v, list) and v[0]]
     return [f"{p}/{f}" for p in parts for f in _missing_of(folder / p)]
 
@@ -102,7 +107,7 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
     "Load a stock pipeline; `InputError` says what is missing and how to get it."
     folder, device = find_base(base), pick_device(str(device))
     if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = _index(folder)
     kind = index.get("_class_name", "pipeline of unknown class")
     if kind != "CogVideoXPipeline":
         raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")

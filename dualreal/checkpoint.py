@@ -195,7 +195,8 @@ def load_adapter(transformer,            # a stock transformer
         raise InputError(f"an adapter {adapter_name!r} with other settings is attached: give another name")
     transformer.set_adapter(adapter_name)
     with torch.no_grad():
-        for k, p in adapter_tensors(transformer, adapter_name).items(): p.copy_(tensors[k])
+        for k, p in adapter_tensors(transformer, adapter_name).items(): # no less precise than the file
+            p.data = tensors[k].to(p.device, torch.promote_types(p.dtype, tensors[k].dtype), copy=True)
     return transformer.peft_config[adapter_name]
 
 def _stored_config(info, known, source):

@@ -40,15 +40,17 @@ def _fail(message, status):
 
 # %% ../nbs/41_cli.ipynb
 _KNOWN = {
-    ("No space left", "file write failed"):
-        "the disk is full: nothing saved before is lost; make room and continue with --resume",
     ("out of memory", "can't allocate memory", "MemoryError"):
         "out of memory: try --micro-batch 1, --gradient-checkpointing, fewer --frames or smaller ones"}
+
+_AGAIN = "train --resume; other commands: again"
 
 def _sentence(e):
     "A failure in one line; what happens to many gets advice."
     said = f"{type(e).__name__}: {e}"
-    if getattr(e, "errno", None) == errno.ENOSPC: said = "No space left"
+    if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in said:
+        where = getattr(e, "filename", None) or "writing failed"
+        return f"{where}: the disk is full; nothing saved before is lost: make room, then continue ({_AGAIN})"
     return next((advice for signs, advice in _KNOWN.items() if any(sign in said for sign in signs)), said)
 
 def _quiet():
@@ -180,7 +182,7 @@ def _base_with_adapter(args, tensors, info):
         raise InputError(f"{args.adapter}: a published file does not name its base; give --base")
     device = pick_device(args.device)
     pipe = load_base(base, device=device, dtype=pick_dtype(device, args.precision))
-    load_adapter(pipe.transformer, args.adapter if info else {**tensors})
+    load_adapter(pipe.transformer, args.adapter)
     pipe.transformer.requires_grad_(False)
     if device.type != "cpu": pipe.vae.enable_tiling()
     return pipe
@@ -227,7 +229,7 @@ def run_inspect(args):
     from dualreal.checkpoint import find_adapter, read_adapter
     path = find_adapter(args.path)
     tensors, info, reference = read_adapter(path)
-    config = _settings(tensors, info)
+    config = _settings(tensors, info, path)
     facts = dict(file=f"{path} ({path.stat().st_size/1e6:.1f} MB)",
                  kind="dualreal" if info else "published dictionary (configuration inferred)",
                  tensors=f"{len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
@@ -237,11 +239,12 @@ def run_inspect(args):
     rows += [(k, v) for k, v in info.get("training", {}).items() if v is not None and k not in said]
     for name, value in rows: print(f"{name:18} {value}")
 
-def _settings(tensors, info):
+def _settings(tensors, info, path):
     "The adapter's configuration: stored, or inferred from the tensors of a published dictionary."
     from dualreal.checkpoint import inferred_config
     names = "rank groups condition_dim scale identity motion controller".split()
-    return info.get("config") or {k: getattr(inferred_config(tensors), k) for k in names}
+    try: return info.get("config") or {k: getattr(inferred_config(tensors), k) for k in names}
+    except InputError as e: raise InputError(f"{path}: {e}") from e
 
 # %% ../nbs/41_cli.ipynb
 def run_convert(args):
@@ -254,7 +257,8 @@ def run_convert(args):
     target, (tensors, info, reference) = Path(args.target), read_adapter(args.source)
     if target.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{target}: the target must end in .safetensors or .pth")
-    info = json.dumps(dict(info, config=_settings(tensors, info)), default=str)
+    if target.is_dir(): raise InputError(f"{target}: is a folder; give the name of a file")
+    info = json.dumps(dict(info, config=_settings(tensors, info, args.source)), default=str)
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     with atomic_path(target) as tmp:
         if target.suffix == ".pth": torch.save(tensors, tmp) # has no place for anything else
@@ -341,11 +345,15 @@ def _convert_flags(p):
 _COMMANDS = [(run_demo, _demo_flags), (run_check, _check_flags), (run_train, _train_flags),
              (run_generate, _generate_flags), (run_inspect, _inspect_flags), (run_convert, _convert_flags)]
 
+class _Parser(argparse.ArgumentParser):
+    "Says what is wrong in one line, like every other mistake; the usage is a `--help` away."
+    def error(self, message): self.exit(2, f"dualreal: {message} (see {self.prog} --help)\n")
+
 def parser() -> argparse.ArgumentParser:
     "All commands and their flags."
     from dualreal import __version__
     says = "Videos of your subject doing that motion: joint identity-motion adapters."
-    top = argparse.ArgumentParser("dualreal", description=says)
+    top = _Parser("dualreal", description=says)
     top.set_defaults(run=None)
     top.add_argument("--version", action="version", version=f"dualreal {__version__}")
     commands = top.add_subparsers(metavar="COMMAND")

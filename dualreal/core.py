@@ -7,11 +7,13 @@ __all__ = ['Dimension', 'InputError', 'atomic_path', 'write_json', 'content_hash
            'environment', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb
+import errno
 import hashlib
 import json
 import os
 import platform
 import random
+import shutil
 import sys
 import tempfile as _tempfile
 from contextlib import contextmanager
@@ -59,8 +61,15 @@ def atomic_path(path): # the final file; its parents are made; the temporary nam
         _fsync(tmp)
         os.replace(tmp, path)
         _fsync(path.parent)
+    except Exception as e: # not every library says why it could not write
+        if _disk_full(path.parent, e): raise OSError(errno.ENOSPC, "the disk is full", str(path)) from e
+        raise
     finally:
         tmp.unlink(missing_ok=True)
+
+def _disk_full(folder, error):
+    known = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return known or (isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < 2**16)
 
 # %% ../nbs/00_core.ipynb
 def write_json(path, # target file

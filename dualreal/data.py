@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['EXAMPLES', 'MIN_CLIP', 'LEVELS', 'Item', 'Case', 'identity_files', 'motion_files', 'captions', 'class_word',
-           'motion_words', 'load_case', 'read_item', 'check_case', 'format_report']
+           'motion_words', 'load_case', 'first_frame', 'read_item', 'check_case', 'format_report']
 
 # %% ../nbs/03_data.ipynb
 import re
@@ -80,12 +80,13 @@ def _listed(root: Path  # a folder that may hold videos.txt
     listing = root / "videos.txt"
     if not listing.is_file():
         return None
-    paths = [root / line.strip() for line in _lines(listing)]
-    for path in paths:
+    lines = [line.strip() for line in _lines(listing)]
+    paths = [root / line for line in lines]
+    for line, path in zip(lines, paths):
         if not path.exists():
-            raise InputError(f"{listing} lists {path.relative_to(root)}, but {path} does not exist.")
+            raise InputError(f"{listing} lists {line}, but {path} does not exist.")
         if not _is_clip(path):
-            raise InputError(f"{listing} lists {path.relative_to(root)}, which is not a video.")
+            raise InputError(f"{listing} lists {line}, which is not a video.")
     if not paths:
         raise InputError(f"{listing} is empty: list one clip a line or remove it.")
     return paths
@@ -273,15 +274,19 @@ def _source_frames(item: Item, max_frames: int
                    ) -> tuple[np.ndarray, float | None]:  # uint8 (F, H, W, 3) in its own size, their rate
     "The frames of an item that are used."
     if item.kind == "image":
-        if item.path.suffix.lower() in video.IMAGE_SUFFIXES:
-            return video.read_image(item.path)[None], None
-        return video.read_video(item.path, 1)[0], None
+        return first_frame(item)[None], None
     frames, fps = video.read_video(item.path, max(max_frames, MIN_CLIP))
     if len(frames) < MIN_CLIP:
         has = f"{len(frames)} frame{'s' * (len(frames) > 1)}"
         raise InputError(f"{item.path} has {has}: a motion clip needs at least {MIN_CLIP} to show motion.")
     return frames[: video.usable_frames(len(frames), max_frames)], fps
 
+
+def first_frame(item: Item) -> np.ndarray:  # uint8 (H, W, 3), uncropped, in its own size
+    "The picture of an item that the reference encoder sees."
+    if item.kind == "image" and item.path.suffix.lower() in video.IMAGE_SUFFIXES:
+        return video.read_image(item.path)
+    return video.read_video(item.path, 1)[0][0]
 
 def read_item(item: Item,
               height: int,  # pixels

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .core import InputError, atomic_path, content_hash
-from .data import Case, Item, read_item
+from .data import Case, Item, first_frame, read_item
 
 # %% ../nbs/21_encode.ipynb
 @dataclass
@@ -37,6 +37,11 @@ class Encoded:
                generator:torch.Generator):   # on the CPU
         "Latents (F, C, h, w) drawn from the distribution, scaled."
         return (self.mean + self.std * torch.randn(self.mean.shape, generator=generator)) * factor
+
+    @property
+    def content(self) -> str:
+        "A hash of what is learnt from: another picture, clip or caption has another one."
+        return content_hash(self.prompt, self.mean)
 
 @dataclass
 class EncodedCase:
@@ -151,13 +156,13 @@ class _Work:
 
     def visual_key(self, item):
         files = sorted(p for p in item.path.iterdir() if p.is_file()) if item.path.is_dir() else [item.path]
-        return content_hash("visual", item.kind, self.height, self.width, self.frames, *self.seen, *files)
+        return content_hash("visual 2", item.kind, self.height, self.width, self.frames, *self.seen, *files)
 
     def visual(self, item):
         frames = read_item(item, self.height, self.width, self.frames)
         mean, std = encode_frames(self.pipe.vae, frames)
         if self.encoder is None: return dict(mean=mean, std=std)
-        return dict(mean=mean, std=std, reference=self.encoder.encode([frames[0]], norm=self.norm)[0])
+        return dict(mean=mean, std=std, reference=self.encoder.encode([first_frame(item)], norm=self.norm)[0])
 
     def text(self, prompt): return encode_prompt(self.pipe, prompt, self.max_tokens)[0].float()
 

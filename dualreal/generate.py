@@ -31,8 +31,9 @@ class Generation:
 
     def record(self) -> dict:
         "JSON-able."
-        weights = None if self.weights is None else self.weights.tolist()
-        return dict(self.settings, timesteps=self.timesteps, identity_weight=weights)
+        rows = None if self.weights is None else self.weights.tolist()
+        rounded = rows and [[round(w, 6) for w in row] for row in rows]
+        return dict(self.settings, timesteps=self.timesteps, identity_weight=rounded)
 
 # %% ../nbs/22_generate.ipynb
 def sized(pipe, **given) -> BaseSize: # given: values that are not None come before the base's own

@@ -18,7 +18,7 @@ def velocity_loss(scheduler,   # with `get_velocity` (v-prediction)
                   latents,     # clean latents x0, same shape
                   noise,       # epsilon, same shape
                   timesteps):  # (B,) whole numbers
-    "Mean squared error of the velocity, in fp32 or better; equals the published weighted x0 error."
+    "Mean squared error of the velocity, a scalar, in fp32 or better; equals the published weighted x0 error."
     target = scheduler.get_velocity(_exact(latents), _exact(noise), timesteps)
     return (_exact(prediction) - target).square().mean()
 

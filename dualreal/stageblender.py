@@ -14,7 +14,7 @@ from .core import InputError
 
 # %% ../nbs/11_stageblender.ipynb
 class StageBlender(nn.Module):
-    "The controller: time embedding and tokens -> identity weights, one per group of blocks."
+    "Time embedding and tokens -> identity weights, one per group (DualReal, StageBlender Controller)."
     def __init__(self,
                  width:int,          # d, channels of the tokens
                  time_dim:int,       # T, channels of the time embedding
@@ -37,8 +37,8 @@ class StageBlender(nn.Module):
         "Identity weights (B, n), each between 0 and `scale`."
         dtype = self.norm.weight.dtype
         c = self.channel_encoder(tokens.amax(1).to(dtype))                          # (B, T)
-        shift, scale, gate = self.timestep_encoder(time.to(dtype)).chunk(3, dim=1)  # (B, T) each
-        f = self.norm(c) * (1 + scale) + shift
+        shift, gain, gate = self.timestep_encoder(time.to(dtype)).chunk(3, dim=1)   # (B, T) each
+        f = self.norm(c) * (1 + gain) + shift
         f = self.fuse_proj_down(F.gelu(self.fuse_proj(f), approximate="tanh")) + gate * c
         return self.scale * torch.sigmoid(self.fusion_net(f))                       # (B, n)
 

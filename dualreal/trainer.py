@@ -214,8 +214,10 @@ def trainable(run:Run):
 # %% ../nbs/24_trainer.ipynb
 def check_out(out, resume:bool) -> bool: # True: there is a finished run, nothing to do
     "`InputError` if `out` cannot be written, or holds a run and `resume` was not asked for."
+    if Path(out).suffix in (".safetensors", ".pth"):
+        raise InputError(f"{out}: --out is a folder, the adapter's file lies in it: leave {Path(out).suffix} off")
     out = check_writable(out, "give another --out folder")
-    holds = (out/"config.json").exists() or checkpoints(out) or any(out.glob("*.safetensors"))
+    holds = (out/"config.json").exists() or checkpoints(out) or any(out.glob("[!.]*.safetensors"))
     if holds and not resume:
         raise InputError(f"{out} holds a run already: continue it with --resume or give another --out folder")
     return resume and (out/"run.json").exists()
@@ -310,17 +312,20 @@ def facts(run:Run) -> dict:
     c = run.config
     settings = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in _MAY_DIFFER}
     words = {k: run.words[k] for k in ("subject", "motion", "class_word")}
-    return dict(words, base=c.base, steps_done=run.step, training=settings, environment=environment(),
+    base = str(Path(c.base).resolve()) if Path(c.base).is_dir() else c.base # found from any folder
+    return dict(words, base=base, steps_done=run.step, training=settings, environment=environment(),
                 generation={k: getattr(run.size, k) for k in ("height", "width", "frames")})
 
 def _state(run):
     "What the next step depends on beside the adapter."
-    return dict(step=run.step, log=run.log, seconds=run.seconds, captions=_captions(run),
+    return dict(step=run.step, log=run.log, seconds=run.seconds, given=_given(run),
                 optimizer=run.optimizer.state_dict(), schedule=run.schedule.state_dict(),
                 switch=run.switch.state_dict(), generator=run.generator.get_state(),
                 orders={k: order.left for k, order in run.orders.items()})
 
-def _captions(run): return {k: [item.prompt for item in getattr(run.case, k)] for k in ("identity", "motion")}
+def _given(run):
+    "Captions and content of what is learnt from."
+    return {k: [item.content for item in getattr(run.case, k)] for k in ("identity", "motion")}
 
 # %% ../nbs/24_trainer.ipynb
 def save_checkpoint(run:Run) -> Path:
@@ -347,6 +352,7 @@ def checkpoints(out) -> list[Path]:
 def restore(run:Run) -> Path | None: # the checkpoint used; None: there is none, start afresh
     "Continue from the newest checkpoint that can be read; a damaged one is named and passed over."
     for left in run.out.glob("checkpoints/.step-*"): shutil.rmtree(left, ignore_errors=True) # of a killed run
+    for left in run.out.glob(".adapter-*.safetensors"): left.unlink()
     for folder in checkpoints(run.out):
         try: # on the CPU: a run may continue on another device
             state, adapter = torch.load(folder/"state.pt", "cpu", weights_only=True), read_adapter(folder)[0]
@@ -360,7 +366,7 @@ def restore(run:Run) -> Path | None: # the checkpoint used; None: there is none,
 @torch.no_grad()
 def _continue(run, state, adapter):
     "Put the run in the state of a checkpoint."
-    if state["captions"] != _captions(run):
+    if state["given"] != _given(run):
         raise InputError(f"{run.out} was started with other images, clips or captions: give another --out")
     for k, p in adapter_tensors(run.pipe.transformer).items(): p.copy_(adapter[k])
     for k in ("optimizer", "schedule", "switch"): getattr(run, k).load_state_dict(state[k])

@@ -4,10 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -106,8 +108,9 @@ def test_folder_without_weights(tmp_path, home, capsys):
 
 
 def test_unknown_flag_and_command(capsys):
-    assert main(["train", "--nonsense"]) == 2
-    assert main(["fly"]) == 2
+    assert "--identity" in complaint(capsys, 2, "train", "--nonsense")
+    assert "dualreal train --help" in complaint(capsys, 2, "train", "--steps", "abc")
+    assert "fly" in complaint(capsys, 2, "fly")
     assert main(["--help"]) == 0
 
 
@@ -297,6 +300,17 @@ def test_reference_is_seen_as_in_training(trained, home, tmp_path, monkeypatch):
     assert seen == ["published"]
 
 
+def test_reference_is_the_whole_picture(case, tmp_path):
+    "The stored embedding is what --reference would give for the first picture, whatever its shape."
+    from dualreal.backbone import load_reference_encoder
+    from dualreal.checkpoint import read_adapter
+    portrait = np.random.default_rng(0).integers(0, 255, (90, 50, 3), np.uint8)
+    Image.fromarray(portrait).save(case / "identity/images/00.png")
+    assert main(train(case, tmp_path / "run", "--samples", 0)) == 0
+    stored = read_adapter(tmp_path / "run")[2]
+    torch.testing.assert_close(stored, load_reference_encoder(base="toy").encode([portrait]), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("more, names", [
     (["--dial", "3"], "--dial 3"), (["--frames", "10"], "8k+1"), (["--height", "65"], "height 65"),
     (["--reference", "nope.png"], "nope.png"), (["--base", "nobody/nothing"], "nobody/nothing"),
@@ -336,7 +350,7 @@ def test_published_file(trained, tmp_path, capsys):
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    RuntimeError("[enforce fail at inline_container.cc:665] . PytorchStreamWriter failed: file write failed"),
+    RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"), # torch.save, a full disk
 ])
 def test_full_disk(trained, home, tmp_path, capsys, monkeypatch, error):
     run = tmp_path / "run"
@@ -344,10 +358,13 @@ def test_full_disk(trained, home, tmp_path, capsys, monkeypatch, error):
     (run / "run.json").unlink()
     before = (run / "adapter.safetensors").read_bytes()
 
-    def full(*args, **kwargs): raise error
+    def full(*args, **kwargs):
+        monkeypatch.setattr("dualreal.core.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        raise error
     monkeypatch.setattr("dualreal.checkpoint.save_file", full)
     command = train(home / "case", run, "--resume", "--save-every", "2")
-    assert "the disk is full" in complaint(capsys, 1, *command)
+    said = complaint(capsys, 1, *command)
+    assert "adapter.safetensors: the disk is full" in said and "--resume" in said
     assert (run / "adapter.safetensors").read_bytes() == before
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
     assert not list(run.glob(".*"))
@@ -374,3 +391,41 @@ def test_images_of_any_kind(case, tmp_path):
     exif[0x0112] = 6
     one.save(images / "e.jpeg", exif=exif)
     assert main(train(case, tmp_path / "run", "--identity-prompt", "cat *", "--samples", "0")) == 0
+
+
+def test_names_the_file(trained, case, tmp_path, capsys):
+    "What is wrong with a file is said with its name."
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    assert "foreign.safetensors" in complaint(capsys, 2, "inspect", tmp_path / "foreign.safetensors")
+    assert "foreign.safetensors" in complaint(capsys, 2, "convert", tmp_path / "foreign.safetensors", tmp_path / "a.pth")
+    (tmp_path / "a.pth").mkdir()
+    assert "a.pth: is a folder" in complaint(capsys, 2, "convert", trained, tmp_path / "a.pth")
+    (case / "motion/videos.txt").write_text("/no/such/clip.mp4\n")
+    assert "/no/such/clip.mp4" in complaint(capsys, 2, *train(case, tmp_path / "run"))
+    (case / "motion/videos.txt").unlink()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/model_index.json").write_text("{half")
+    said = complaint(capsys, 2, *train(case, tmp_path / "run", "--base", tmp_path / "base"))
+    assert "model_index.json: not the index" in said
+
+
+def test_out_is_a_folder(case, tmp_path, capsys):
+    assert "is a folder" in complaint(capsys, 2, *train(case, tmp_path / "cat.safetensors"))
+
+
+def test_other_pictures_are_another_run(trained, case, tmp_path, capsys):
+    "The captions may be the same: what is in the pictures counts."
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "run.json").unlink()
+    Image.new("RGB", (64, 64), "teal").save(case / "identity/images/01.png")
+    assert "other images" in complaint(capsys, 2, *train(case, run, "--resume", "--save-every", 2))
+
+
+def test_left_behind_by_a_kill(trained, home, tmp_path):
+    "A temporary file of a killed run is no adapter, and goes."
+    run = tmp_path / "run"
+    (run).mkdir()
+    (run / ".adapter-abc.safetensors").write_bytes(b"half")
+    assert main(train(home / "case", run, "--resume")) == 0
+    assert [p.name for p in run.glob("*.safetensors")] == ["adapter.safetensors"]
