@@ -70,7 +70,7 @@ def _missing_of(part:Path):
 def _index(folder):
     try: return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     except ValueError as e:
-        raise InputError(f"{folder}/model_index.json: not the index of a pipeline ({e}); fetch it again") from e
+        raise InputError(f"{folder}/model_index.json: not a pipeline's index ({e}); fetch it again") from e
 
 def missing_files(folder) -> list[str]: # relative paths, empty if complete
     "What a pipeline folder lacks."

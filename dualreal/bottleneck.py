@@ -60,10 +60,10 @@ def stacked(parts,           # [(Bottleneck, weight (B,)), ...]
     "The weighted parts without their skips, (B, N, d): one product down, one up."
     down = torch.cat([b.down.weight for b, _ in parts]).to(x.dtype)                       # (2r, d)
     code = F.gelu(F.linear(x, down) + code_bias(parts, reference).to(x.dtype))            # (B, N, 2r)
-    weight = torch.cat([w[:, None].expand(-1, b.down.out_features) for b, w in parts], 1) # (B, 2r)
+    scale = torch.cat([w[:, None].expand(-1, b.down.out_features) for b, w in parts], 1)  # (B, 2r)
     up = torch.cat([b.up.weight for b, _ in parts], 1).to(x.dtype)                        # (d, 2r)
     bias = sum(w[:, None] * b.up.bias.to(x.dtype) for b, w in parts)                      # (B, d)
-    return F.linear(code * weight[:, None], up) + bias[:, None]
+    return F.linear(code * scale[:, None], up) + bias[:, None]
 
 # %% ../nbs/10_bottleneck.ipynb
 def fused_form(parts,           # [(Bottleneck, weight (B,)), ...]
@@ -73,7 +73,7 @@ def fused_form(parts,           # [(Bottleneck, weight (B,)), ...]
     trains = [b.up.weight.requires_grad for b, _ in parts]
     groups = [[part for part, t in zip(parts, trains) if t == kind] for kind in set(trains)]
     first, *rest = [stacked(group, x, reference) for group in groups]
-    return torch.addcmul(sum(rest, first), x, sum(w for _, w in parts)[:, None, None])                 # all skips at once
+    return torch.addcmul(sum(rest, first), x, sum(w for _, w in parts)[:, None, None]) # all skips at once
 
 # %% ../nbs/10_bottleneck.ipynb
 class BottleneckPair(nn.Module):

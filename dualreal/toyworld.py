@@ -382,7 +382,7 @@ def render(subject:Subject,
 
 # %% ../nbs/02_toyworld.ipynb
 def flow(truth:Truth # of a clip
-        ) -> np.ndarray: # float32 (F-1, H, W, 2): dx, dy in pixels from each frame to the next; 0 on the stage
+        ) -> np.ndarray: # float32 (F-1, H, W, 2): dx, dy in pixels to the next frame; 0 on the stage
     "The true optical flow of a drawn clip."
     rows, cols = (np.broadcast_to(np.arange(n), (len(truth.x), n)) for n in truth.mask.shape[1:])
     u, v = _local(rows, cols, truth.x, truth.y, truth.angle, (truth.radius * truth.scale)[:, None, None])

@@ -406,11 +406,11 @@ def test_names_the_file(trained, case, tmp_path, capsys):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/model_index.json").write_text("{half")
     said = complaint(capsys, 2, *train(case, tmp_path / "run", "--base", tmp_path / "base"))
-    assert "model_index.json: not the index" in said
+    assert "model_index.json: not a pipeline's index" in said
 
 
 def test_out_is_a_folder(case, tmp_path, capsys):
-    assert "is a folder" in complaint(capsys, 2, *train(case, tmp_path / "cat.safetensors"))
+    assert "leave .safetensors off" in complaint(capsys, 2, *train(case, tmp_path / "cat.safetensors"))
 
 
 def test_other_pictures_are_another_run(trained, case, tmp_path, capsys):
