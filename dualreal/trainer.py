@@ -215,7 +215,7 @@ def trainable(run:Run):
 def check_out(out, resume:bool) -> bool: # True: there is a finished run, nothing to do
     "`InputError` if `out` cannot be written, or holds a run and `resume` was not asked for."
     if Path(out).suffix in (".safetensors", ".pth"):
-        raise InputError(f"{out}: --out is a folder that gets the adapter's file: leave {Path(out).suffix} off")
+        raise InputError(f"{out}: --out is the folder of the run: leave {Path(out).suffix} off")
     out = check_writable(out, "give another --out folder")
     holds = (out/"config.json").exists() or checkpoints(out) or any(out.glob("[!.]*.safetensors"))
     if holds and not resume:
