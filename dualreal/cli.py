@@ -327,7 +327,7 @@ def _demo_flags(p):
     _add(p, "subject", str, "a held-out toy subject (default: lavender_ghost)", default="lavender_ghost")
     _add(p, "motion", str, "a held-out toy motion (default: swinging)", default="swinging")
     _add(p, "steps", int, "training steps")
-    _add(p, "seed", int, "default: 0", default=0)
+    _add(p, "seed", int, "default: 42", default=42)
 
 def _check_flags(p):
     _case_flags(p)
