@@ -14,13 +14,13 @@ from dualreal.metrics import (
     unpad,
 )
 
-
 def clips(count=25):
     "Random videos (F, H, W, 3) with random rates; a seed each, so that a failure names its video."
     for seed in range(count):
         rng = np.random.default_rng(seed)
         shape = (int(rng.integers(1, 12)), int(rng.integers(1, 70)), int(rng.integers(1, 70)), 3)
-        yield rng.integers(0, 256, shape, dtype=np.uint8), float(rng.choice([0, 6, 8, 10, 23.976, 25, 29.97, 60]))
+        fps = float(rng.choice([0, 6, 8, 10, 23.976, 25, 29.97, 60]))
+        yield rng.integers(0, 256, shape, dtype=np.uint8), fps
 
 
 def still(a, b): return np.zeros((*a.shape[:2], 2))
@@ -48,12 +48,13 @@ def test_padding_comes_off(video, fps):
 
 @pytest.mark.parametrize("video,fps", list(clips(5)))
 def test_time_backwards_flickers_the_same(video, fps):
-    if len(video) > 1: assert temporal_flickering(video) == pytest.approx(temporal_flickering(video[::-1]), abs=1e-15)
+    if len(video) < 2: return
+    assert temporal_flickering(video) == pytest.approx(temporal_flickering(video[::-1]), abs=1e-15)
 
 
-@pytest.mark.parametrize("frames", [np.zeros((3, 4, 4, 3)), np.zeros((3, 4, 4), np.uint8), np.zeros((3, 4, 4, 4), np.uint8)])
-def test_what_is_no_video_is_said(frames):
-    with pytest.raises(ValueError, match="must be uint8"): temporal_flickering(frames)
+@pytest.mark.parametrize("shape,kind", [((3, 4, 4, 3), float), ((3, 4, 4), np.uint8), ((3, 4, 4, 4), np.uint8)])
+def test_what_is_no_video_is_said(shape, kind):
+    with pytest.raises(ValueError, match="must be uint8"): temporal_flickering(np.zeros(shape, kind))
 
 
 def test_intervals_hold_the_mean_and_shrink():
