@@ -17,7 +17,7 @@ METRICS = ("clip_t", "clip_i", "dino_i", "temporal_flickering", "temporal_consis
            "dynamic_degree", "dynamic_degree_deviation")
 
 class Undefined(ValueError):
-    "A metric that this video does not have, and why: too few frames, say. Reports show it as null, never as 0."
+    "A metric that this video does not have, and why. Reports show it as null, never as 0."
 
 # %% ../nbs/30_metrics.ipynb
 def unit(features # (N, D) or (D,)
@@ -91,7 +91,7 @@ def unpad(frame, # (H', W', C), padded
 
 # %% ../nbs/30_metrics.ipynb
 def motion_smoothness(frames, # uint8 (F, H, W, 3), F >= 3
-                      midpoint:Callable, # left, right: float32 (H', W', 3) in 0..1 -> the frame between, same form
+                      midpoint:Callable, # two float32 (H', W', 3) in 0..1 -> the frame between, same form
                       multiple:int=16 # of the sides that `midpoint` gets
                      ) -> float: # 0..1
     "One less the mean difference between odd frames and their interpolation (VBench's formula)."
@@ -108,7 +108,7 @@ def motion_smoothness(frames, # uint8 (F, H, W, 3), F >= 3
 
 # %% ../nbs/30_metrics.ipynb
 def flow_stride(fps:float) -> int:
-    "Frames between the two of a pair: about 8 pairs a second (half goes to the even number; unknown rates: 1)."
+    "Frames between the two of a pair: about 8 pairs a second; half goes to the even number."
     if np.isnan(fps): raise ValueError("the frame rate is not a number")
     return max(1, round(fps / 8))
 
@@ -127,8 +127,9 @@ def dynamic_degree(frames, # uint8 (F, H, W, 3)
                    multiple:int=16 # of the sides that `flow` gets; the padding counts, as published
                   ) -> float: # pixels
     "Mean over pairs of the mean top-5% flow."
-    kept = _frames(frames)[::flow_stride(fps)]
-    if len(kept) < 2: raise Undefined(f"it needs 2 frames {flow_stride(fps)} apart, the video has {len(frames)}")
+    stride = flow_stride(fps)
+    kept = _frames(frames)[::stride]
+    if len(kept) < 2: raise Undefined(f"it needs 2 frames {stride} apart, the video has {len(frames)}")
     padded = (pad(frame[None], multiple)[0] for frame in kept)
     return float(np.mean([top_flow(flow(a, b)) for a, b in _pairs(padded)]))
 
