@@ -162,15 +162,20 @@ def _published(key, folder, device):
     return Missing(name, f"{name} ({size} MB): {where}; get it with `{get}` "
                    f"and save it as {file} in that folder")
 
+def _toy_dino(device):
+    folder = asset("toy-dino")
+    if not folder.is_dir():
+        return Missing("toy-dino", f"{folder} is not there: nbs/recipes/04_toy_dino.ipynb makes it")
+    from transformers import ViTModel
+    vit = ViTModel.from_pretrained(folder, add_pooling_layer=False)
+    return Dino(vit, "toy-dino", (.5,) * 3, (.5,) * 3, device)
+
 def _toy(device):
     import open_clip
-    from transformers import ViTModel
     folder = f"local-dir:{asset('toy-clip')}"
     model, _, transform = open_clip.create_model_and_transforms(folder)
     clip = Clip(model, open_clip.get_tokenizer(folder), transform, "toy-clip", device)
-    vit = ViTModel.from_pretrained(asset("toy-dino"), add_pooling_layer=False)
-    dino = Dino(vit, "toy-dino", (.5,) * 3, (.5,) * 3, device)
-    return dict(clip_t=clip, clip_i=clip, dino_i=dino, flow=DisFlow())
+    return dict(clip_t=clip, clip_i=clip, dino_i=_toy_dino(device), flow=DisFlow())
 
 def load_encoders(which:str="published", # or "toy"
                   weights=None, # folder with the published weights, see `PUBLISHED`
