@@ -129,13 +129,26 @@ def _centres(mask):
 def _turning(views, turns):
     "Angle of each frame against the first, (F,), unwrapped; views (F, A, SIDE, SIDE, C)."
     flat = views.reshape(len(views), len(turns), -1)
-    start = int(np.abs(turns).argmin()); best = np.full(len(views), start)
-    template = flat[0, start]
+    apart = np.abs(turns[:, None] - turns)
+    jump = .2 * np.minimum(apart, 2 * np.pi - apart)**2
+    template = flat[0, np.abs(turns).argmin()]
     for _ in range(3):
-        best = ((flat - template)**2).mean(-1).argmin(1)
+        cost = ((flat - template)**2).mean(-1)
+        contrast = np.median(cost.max(1) - cost.min(1))
+        best = _cheapest(cost / max(contrast, 1e-6), jump)
         template = flat[np.arange(len(views)), best].mean(0)
     angle = np.unwrap(turns[best])
     return angle - angle[0]
+
+def _cheapest(cost, jump): # (F, A), (A, A) -> (F,)
+    "Viterbi's path: one column for each row, at the least sum of costs and jumps."
+    total, back = cost[0], []
+    for row in cost[1:]:
+        way = total[:, None] + jump
+        back.append(way.argmin(0)); total = way.min(0) + row
+    path = [int(total.argmin())]
+    for b in reversed(back): path.append(int(b[path[-1]]))
+    return np.array(path[::-1])
 
 # %% ../nbs/05_toytruth.ipynb
 WEIGHTS = np.array([1, 1, 1, .5])[:, None] # x, y, growth, angle

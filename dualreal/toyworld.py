@@ -4,14 +4,15 @@
 
 # %% auto 0
 __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESSORIES', 'TONES', 'TAU', 'MOTIONS',
-           'HELD_OUT_MOTIONS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'rgb', 'circle', 'ellipse', 'box', 'convex', 'union',
-           'Kind', 'kind', 'Subject', 'layers', 'Motion', 'plate', 'Truth', 'paint', 'tracks', 'find_motion', 'render',
-           'flow', 'caption', 'random_subject', 'random_caption', 'random_clip', 'write_case', 'identity_pictures',
-           'motion_clips']
+           'HELD_OUT_MOTIONS', 'COMPOUNDS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'rgb', 'circle', 'ellipse', 'box',
+           'convex', 'union', 'Kind', 'kind', 'Subject', 'layers', 'Motion', 'both', 'plate', 'Truth', 'paint',
+           'tracks', 'find_motion', 'render', 'flow', 'caption', 'random_subject', 'random_caption', 'random_clip',
+           'varied_clip', 'write_case', 'identity_pictures', 'motion_clips']
 
 # %% ../nbs/02_toyworld.ipynb
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,16 @@ HELD_OUT_MOTIONS = {name: Motion(phrase, _path(path)) for name, phrase, path in 
     ("tumbling", "tumbling", lambda t, p: (1 - 2 * t, .3 * np.sin(TAU * t + p), 0, -TAU * t)))}
 
 # %% ../nbs/02_toyworld.ipynb
+def both(a:Motion, b:Motion) -> Motion:
+    "One motion on top of the other."
+    path = lambda t, p: tuple(u + v for u, v in zip(a.path(t, p), b.path(t, p)))
+    return Motion(f"{a.phrase} and {b.phrase.removeprefix('moving ')}", path)
+
+_ACROSS, _OTHER = ("left", "right", "up", "down", "bouncing", "circling"), ("growing", "shrinking", "rocking")
+COMPOUNDS = {f"{a}+{b}": both(MOTIONS[a], MOTIONS[b]) for a, b in (*product(_ACROSS, _OTHER),
+    *product(("left", "right"), ("up", "down")), ("spinning", "growing"), ("spinning", "shrinking"))}
+
+# %% ../nbs/02_toyworld.ipynb
 def _stage(h, w, top, bottom, ground, ground2, horizon):
     y = np.linspace(0, 1, h, dtype=np.float32)[:, None, None]
     sky = rgb(top) + (rgb(bottom) - rgb(top)) * np.clip(y / horizon, 0, 1)
@@ -355,8 +366,8 @@ def tracks(motion:str|Motion, # a name, or a `Motion`
     return x, y, 2. ** (.5 * grow), angle + noise(.06)
 
 def find_motion(name:str) -> Motion:
-    "The motion of that name, pretrained or held out."
-    known = {**MOTIONS, **HELD_OUT_MOTIONS}
+    "The motion of that name: pretrained, held out, or two at once."
+    known = {**MOTIONS, **HELD_OUT_MOTIONS, **COMPOUNDS}
     if name not in known: raise InputError(f"toyworld motion {name!r} is none of {', '.join(known)}")
     return known[name]
 
@@ -409,11 +420,13 @@ def _article(noun): return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 # %% ../nbs/02_toyworld.ipynb
 def random_subject(rng, # numpy Generator
-                   fancy:float=.4 # chance of a pattern, and of an accessory
+                   fancy:float=.4, # chance of a pattern, and of an accessory
+                   unnamed:float=0. # chance of a first colour that has no name
                   ) -> Subject:
     "A subject that pretraining may see: first colour from the palette, second from palette and neutrals."
     one = lambda names: str(rng.choice(list(names)))
     colour = one(PALETTE)
+    if unnamed and rng.random() < unnamed: colour = tuple(int(c) for c in rng.integers(0, 256, 3))
     second = one(c for c in [*PALETTE, *NEUTRAL] if c != colour)
     pattern, accessory = (one(t) if rng.random() < fancy else next(iter(t)) for t in (PATTERNS, ACCESSORIES))
     return Subject(one(KINDS), colour, second, pattern, one(FACES), accessory)
@@ -430,11 +443,25 @@ def random_clip(rng, # numpy Generator
                 picture:float=.15, # chance of a picture: one frame
                 height:int=64, width:int=64, frames:int=9
                ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
-    "A captioned clip, or a captioned picture, as pretraining sees it."
+    "A captioned clip, or a captioned picture, as the first half of pretraining sees it."
     motion, place = str(rng.choice(list(MOTIONS))), str(rng.choice(list(BACKGROUNDS)))
     if rng.random() < picture: motion, frames = "still", 1
     size = rng.uniform(.25, .34)
     clip, truth = render(random_subject(rng), motion, place, frames, height, width, rng, size)
+    return clip, random_caption(rng, truth), truth
+
+def varied_clip(rng, # numpy Generator
+                picture:float=.15, # chance of a picture: one frame
+                height:int=64, width:int=64, frames:int=9
+               ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
+    "The same for the second half: pictures at any place and tilt, two motions at once, colours without a name."
+    among, place = (MOTIONS if rng.random() < .6 else COMPOUNDS), str(rng.choice(list(BACKGROUNDS)))
+    motion, jitter = str(rng.choice(list(among))), 1.6
+    if rng.random() < picture:
+        pose = rng.uniform(-1, 1, 4) * (1.2, 1.2, .8, .9)
+        motion, frames, jitter = Motion("", _path(lambda t, p: pose)), 1, 1.
+    subject = random_subject(rng, .5, unnamed=.3)
+    clip, truth = render(subject, motion, place, frames, height, width, rng, rng.uniform(.24, .34), jitter)
     return clip, random_caption(rng, truth), truth
 
 # %% ../nbs/02_toyworld.ipynb
