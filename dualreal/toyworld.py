@@ -454,7 +454,7 @@ def varied_clip(rng, # numpy Generator
                 picture:float=.15, # chance of a picture: one frame
                 height:int=64, width:int=64, frames:int=9
                ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
-    "The same for the second half: pictures at any place and tilt, two motions at once, colours without a name."
+    "As the second half sees it: pictures at any place and tilt, two motions at once, unnamed colours."
     among, place = (MOTIONS if rng.random() < .6 else COMPOUNDS), str(rng.choice(list(BACKGROUNDS)))
     motion, jitter = str(rng.choice(list(among))), 1.6
     if rng.random() < picture:
