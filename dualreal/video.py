@@ -162,7 +162,7 @@ def _uneven(times: list[int],  # of the pictures, in ticks
             ) -> bool:
     "Whether gaps between pictures differ by more than clocks round."
     gaps = np.diff(np.sort(times))
-    return len(gaps) > 1 and gaps.max() - gaps.min() > max(0.1 * np.median(gaps), 2)
+    return bool(len(gaps) > 1 and np.ptp(gaps) > max(0.1 * np.median(gaps), 2))
 
 # %% ../nbs/01_video.ipynb
 def _walk(container  # an open av container with a video stream
