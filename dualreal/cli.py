@@ -219,7 +219,8 @@ def run_evaluate(args):
     for row in report["videos"]:
         own = sorted({why for why in row["why"].values() if not why.startswith("not computed")})
         for text in own + row["notes"]: print(f"dualreal: {row['name']}: {text}", file=sys.stderr)
-    for text in [*dict.fromkeys(report["missing"].values()), *report["notes"]]: print(f"note: {text}", file=sys.stderr)
+    for text in [*dict.fromkeys(report["missing"].values()), *report["notes"]]:
+        print(f"note: {text}", file=sys.stderr)
     for page in [Path(args.out)/"report.json", *write_pages(args.out)]: print(page)
     return status(report)
 
@@ -229,13 +230,13 @@ def _evaluate_flags(p):
          metavar="DIR", required=True)
     _add(p, "identity", str, "folder of images of the subject", metavar="DIR", required=True)
     _add(p, "out", str, "folder of the report", metavar="DIR", required=True)
-    _add(p, "motion", str, "folder of clips of the motion, for the deviation of the dynamic degree", metavar="DIR")
+    _add(p, "motion", str, "folder of clips of the motion, for the deviation", metavar="DIR")
     _add(p, "prompts", str, "a line for each video, or name<TAB>prompt, for CLIP-T", metavar="FILE")
-    _add(p, "encoders", str, "published (default), or toy: they know toyworld only; random: for tests of the way",
+    _add(p, "encoders", str, "published (default), toy (knows toyworld only), random (a test)",
          default="published", choices=("published", "toy", "random"), metavar="SET")
     _add(p, "weights", str, "folder of published weights (default: the Hub and its cache)", metavar="DIR")
     _add(p, "flow", str, "raft, or dis: OpenCV's, without weights", choices=("raft", "dis"), metavar="NAME")
-    _add(p, "midpoint", str, "exported interpolator (.pt2 or TorchScript), e.g. AMT-S; default: warping", metavar="FILE")
+    _add(p, "midpoint", str, "exported interpolator (.pt2, TorchScript); default: warping", metavar="FILE")
     _add(p, "truth", str, "SUBJECT:MOTION of toyworld videos, for columns of ground truth")
     for name in ("device", "cache"): _add(p, name, *_FLAGS[name])
 

@@ -139,7 +139,8 @@ class ExportedMidpoint:
         if not self.path.is_file(): raise InputError(f"{path}: there is no such file")
         try: self.run = _program(self.path, device)
         except Exception as e: # a file that is no program fails in many ways
-            raise InputError(f"{path}: no program of torch.export (.pt2) or TorchScript ({type(e).__name__})") from e
+            said = f"{path}: no program of torch.export (.pt2) or TorchScript ({type(e).__name__})"
+            raise InputError(said) from e
 
     @torch.no_grad()
     def __call__(self, left, right): # float32 (H, W, 3) in 0..1, twice -> the same
@@ -266,11 +267,13 @@ def _random(device, seed=0):
     torch.manual_seed(seed)
     def clip(name):
         model, _, transform = open_clip.create_model_and_transforms("ViT-B-32-quickgelu", pretrained=None)
-        return Clip(model, open_clip.get_tokenizer("ViT-B-32-quickgelu"), transform, f"{name}, random weights", device)
+        tokenizer = open_clip.get_tokenizer("ViT-B-32-quickgelu")
+        return Clip(model, tokenizer, transform, f"{name}, random weights", device)
     small = ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
     dino = Dino(ViTModel(small, add_pooling_layer=False), "ViT-S/16, random weights", device=device)
     flow = RaftFlow(raft_large(weights=None), "raft_large, random weights", device)
-    return dict(clip_t=clip("ViT-B-32-quickgelu"), clip_i=clip("another ViT-B-32-quickgelu"), dino_i=dino, flow=flow)
+    one, two = clip("ViT-B-32-quickgelu"), clip("another ViT-B-32-quickgelu")
+    return dict(clip_t=one, clip_i=two, dino_i=dino, flow=flow)
 
 # %% ../nbs/31_encoders.ipynb
 def load_encoders(which:str="published", # or "toy", or "random": published architectures, weights at random

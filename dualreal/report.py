@@ -20,7 +20,8 @@ from .core import COLOURS, InputError, atomic_path
 LABELS = dict( # metric: heading, arrow, side
     clip_t=("CLIP-T", "↑", None), clip_i=("CLIP-I", "↑", "identity"), dino_i=("DINO-I", "↑", "identity"),
     temporal_flickering=("T.Flickering", "↑", None), temporal_consistency=("T.Cons", "↑", None),
-    motion_smoothness=("Motion smoothness", "↑", "motion"), dynamic_degree=("Dynamic degree (px)", "", "motion"),
+    motion_smoothness=("Motion smoothness", "↑", "motion"),
+    dynamic_degree=("Dynamic degree (px)", "", "motion"),
     dynamic_degree_deviation=("Deviation (px)", "→0", "motion"),
     dynamic_degree_deviation_resized=("Deviation, references resized (px)", "→0", "motion"),
     dynamic_degree_reference=("References' degree (px)", "", None),
@@ -37,7 +38,7 @@ def read_report(path) -> dict: # a report, or a folder that holds report.json
     path = Path(path)
     file = path / "report.json" if path.is_dir() else path
     try: return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as e: raise InputError(f"{file}: no result is there") from e
+    except (OSError, ValueError) as e: raise InputError(f"{file}: no result is there") from e
 
 # %% ../nbs/34_report.ipynb
 def order(summaries:dict) -> list: # method -> summary
@@ -95,7 +96,8 @@ def latex(table:pd.DataFrame, caption="") -> str:
 def dot_plot(summaries:dict, metrics=None, title=""):
     "Methods by metrics, means with 95% intervals; returns a matplotlib figure."
     import matplotlib.pyplot as plt
-    metrics = metrics or [m for m in order(summaries) if any((s.get(m) or {}).get("n") for s in summaries.values())]
+    there = lambda m: any((s.get(m) or {}).get("n") for s in summaries.values())
+    metrics = metrics or [m for m in order(summaries) if there(m)]
     if not metrics: raise InputError("there is no number to draw")
     size = 1.4 + 1.5 * len(metrics), .8 + .32 * len(summaries)
     fig, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained")
@@ -147,7 +149,8 @@ def _told(report): # list of (heading, table)
     shown = [m for m in order({"": report["summary"]}) if report["summary"][m]["n"]]
     number = lambda v: "–" if v is None else f"{v:.3f}"
     rows = [[number(r.get(m)) for m in shown] for r in report["videos"]]
-    videos = pd.DataFrame(rows, index=[r["name"] for r in report["videos"]], columns=[heading(m) for m in shown])
+    names = [r["name"] for r in report["videos"]]
+    videos = pd.DataFrame(rows, index=names, columns=[heading(m) for m in shown])
     return means, videos
 
 def _remarks(report): # sentences
@@ -157,8 +160,9 @@ def _remarks(report): # sentences
     said = [f"{', '.join(ms)}: {why}" for why, ms in missing.items()] + report["notes"]
     return said + [f"{r['name']}: {text}" for r in report["videos"] for text in own(r)]
 
-_READ = ("Intervals are 95% bootstrap intervals. Flickering, consistency and smoothness are highest for a video that stands "
-         "still: read them beside the dynamic degree. Numbers from different networks cannot be compared.")
+_READ = ("Intervals are 95% bootstrap intervals. Flickering, consistency and smoothness are highest for a "
+         "video that stands still: read them beside the dynamic degree. Numbers from different networks cannot "
+         "be compared.")
 
 # %% ../nbs/34_report.ipynb
 def write_pages(out) -> list: # paths; out: a folder with report.json
@@ -175,11 +179,13 @@ def write_pages(out) -> list: # paths; out: a folder with report.json
     return [out / name for name in pages]
 
 # %% ../nbs/34_report.ipynb
-_CSS = """:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 66rem;
-padding: 0 1rem; } table { border-collapse: collapse; font-size: .85rem; } td, th { padding: .2rem .6rem; text-align: right;
-border-bottom: 1px solid #8886; } th:first-child, td:first-child { text-align: left; } img { max-width: 100%; height: auto; }
-h2 { font-size: 1rem; margin: 2rem 0 .3rem; overflow-wrap: anywhere; } p { margin: .2rem 0; } .bad { color: #c0392b; }
-.numbers { font-size: .85rem; opacity: .85; } .wide { overflow-x: auto; }"""
+_CSS = """:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 66rem; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: .85rem; } .wide { overflow-x: auto; }
+td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8886; }
+th:first-child, td:first-child { text-align: left; } img { max-width: 100%; height: auto; }
+h2 { font-size: 1rem; margin: 2rem 0 .3rem; overflow-wrap: anywhere; } p { margin: .2rem 0; }
+.bad { color: #c0392b; } .numbers { font-size: .85rem; opacity: .85; }"""
 
 def _picture(file, alt):
     data = base64.b64encode(file.read_bytes()).decode()
@@ -187,7 +193,8 @@ def _picture(file, alt):
 
 def _section(row, out):
     number = lambda v: f"{v:.3f}"
-    scores = " · ".join(f"{html.escape(heading(m))} {number(row[m])}" for m in LABELS if row.get(m) is not None)
+    there = [m for m in LABELS if row.get(m) is not None]
+    scores = " · ".join(f"{html.escape(heading(m))} {number(row[m])}" for m in there)
     own = sorted({w for w in row["why"].values() if not w.startswith("not computed")}) + row["notes"]
     parts = [f"<h2>{html.escape(row['name'])}</h2>"]
     if row.get("prompt"): parts.append(f"<p><em>{html.escape(row['prompt'])}</em></p>")
@@ -199,9 +206,11 @@ def _page(report, means, out):
     remarks = "".join(f"<li>{html.escape(t)}</li>" for t in _remarks(report))
     table = means.to_html(border=0).replace('style="text-align: right;"', "") # to_html escapes
     given = out / "sheets/identity.jpg"
-    shown = f"<h2>The subject, as given</h2>{_picture(given, 'pictures of the subject')}" if given.is_file() else ""
+    shown = ""
+    if given.is_file(): shown = f"<h2>The subject, as given</h2>{_picture(given, 'pictures of the subject')}"
     videos = "\n".join(_section(r, out) for r in report["videos"])
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
             f'<meta name="viewport" content="width=device-width"><style>{_CSS}</style></head><body>'
-            f"<h1>Evaluation of {len(report['videos'])} videos</h1><div class=\"wide\">{table}</div><p>{_READ}</p>"
+            f"<h1>Evaluation of {len(report['videos'])} videos</h1>"
+            f"<div class=\"wide\">{table}</div><p>{_READ}</p>"
             f"<ul>{remarks}</ul>{shown}\n{videos}</body></html>\n")
