@@ -482,7 +482,7 @@ def encoder_names(encoders:dict) -> dict: # metric -> name, None: its network is
     "Which network made which number."
     name = lambda n: None if isinstance(n, Missing) else getattr(n, "name", type(n).__name__)
     names = {m: name(encoders[NETWORK[m]]) if m in NETWORK else "none needed" for m in METRICS}
-    return names
+    return names | dict.fromkeys(EXTRAS[:3], names["dynamic_degree"]) | dict.fromkeys(EXTRAS[3:], "toytruth")
 
 def summarise(rows:list) -> tuple: # metric -> mean, low, high, n; over videos, and over cases
     "Means with 95% intervals."
