@@ -11,7 +11,6 @@ __all__ = ['CHUNK', 'NETWORK', 'EXTRAS', 'VERSION', 'Scorer', 'not_computed', 'R
 import csv
 import hashlib
 import json
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -22,10 +21,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, content_hash, environment, pick_device, write_json
-from .data import identity_files, motion_files
-from .encode import cache_folder, check_writable, fingerprint
-from .encoders import Missing, load_encoders
 from dualreal.metrics import (
     METRICS,
     Undefined,
@@ -40,7 +35,6 @@ from dualreal.metrics import (
     temporal_consistency,
     temporal_flickering,
 )
-from .toyworld import HELD_OUT_SUBJECTS, find_motion
 from dualreal.video import (
     VIDEO_SUFFIXES,
     clip_facts,
@@ -50,6 +44,12 @@ from dualreal.video import (
     resize_crop,
     stream_video,
 )
+
+from .core import InputError, atomic_path, content_hash, environment, pick_device, write_json
+from .data import identity_files, motion_files
+from .encode import cache_folder, check_writable, fingerprint
+from .encoders import Missing, load_encoders
+from .toyworld import HELD_OUT_SUBJECTS, find_motion
 
 # %% ../nbs/32_evaluate.ipynb
 CHUNK = 16 # frames in memory at a time, and in a batch
@@ -121,19 +121,19 @@ class Scorer(_Parts):
         asked = {m: not_computed(m, encoders, self.references, prompt) for m in wanted}
         self.why = {m: why for m, why in asked.items() if why}
         self.wanted = [m for m in wanted if m not in self.why]
-        if "clip_t" in self.wanted: self._try("clip_t", lambda: self._read(prompt))
+        if "clip_t" in self.wanted: self._try("clip_t", self._read, prompt)
 
     def _read(self, prompt): self.text = self._clock("clip_t", self.encoders["clip_t"].text)(prompt)
 
-    def _try(self, metric, run):
-        try: run()
+    def _try(self, metric, run, *args):
+        try: run(*args)
         except (Undefined, InputError) as e: self.why[metric] = str(e)
 
     def feed(self, frames): # uint8 (F, H, W, 3), the next ones
         "Score the next frames."
         self.memo = {}
         for metric in self.wanted:
-            if metric not in self.why: self._try(metric, lambda: self._add(metric, frames))
+            if metric not in self.why: self._try(metric, self._add, metric, frames)
         self.seen += len(frames)
 
     def _add(self, metric, frames):
@@ -536,7 +536,8 @@ def _report(job, rows, notes, given, seconds):
     missing = {m: w for m in METRICS if (w := not_computed(m, job.encoders, job.references, job.prompts))}
     over_videos, over_cases = summarise(rows)
     return dict(
-        summary=over_videos, summary_cases=over_cases, videos=rows, encoders=encoder_names(job.encoders), missing=missing,
+        summary=over_videos, summary_cases=over_cases, videos=rows,
+        encoders=encoder_names(job.encoders), missing=missing,
         notes=notes, references=given, truth=job.truth and ":".join(job.truth),
         settings=dict(chunk=CHUNK, decoder=decoder(), version=VERSION), environment=environment(),
         counts=dict(videos=len(rows), failed=sum(bool(r["error"]) for r in rows), decoded=job.decoded,

@@ -161,8 +161,8 @@ def _remarks(report): # sentences
     return said + [f"{r['name']}: {text}" for r in report["videos"] for text in own(r)]
 
 _READ = ("Intervals are 95% bootstrap intervals. Flickering, consistency and smoothness are highest for a "
-         "video that stands still: read them beside the dynamic degree. Numbers from different networks cannot "
-         "be compared.")
+         "video that stands still: read them beside the dynamic degree. Numbers from different networks "
+         "cannot be compared.")
 
 # %% ../nbs/34_report.ipynb
 def write_pages(out) -> list: # paths; out: a folder with report.json

@@ -25,8 +25,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
-from .backbone import BaseSize, base_size, load_base, load_reference_encoder
-from .checkpoint import FILE, adapter_tensors, find_adapter, read_adapter, save_adapter
 from dualreal.core import (
     COLOURS,
     InputError,
@@ -37,6 +35,9 @@ from dualreal.core import (
     pick_dtype,
     write_json,
 )
+
+from .backbone import BaseSize, base_size, load_base, load_reference_encoder
+from .checkpoint import FILE, adapter_tensors, find_adapter, read_adapter, save_adapter
 from .data import MIN_CLIP, load_case
 from .encode import Encoded, EncodedCase, check_prompt, check_writable, encode_case, encode_prompt, release
 from .generate import generate, sized

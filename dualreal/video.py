@@ -166,7 +166,7 @@ def _uneven(times: list[int],  # of the pictures, in ticks
 
 # %% ../nbs/01_video.ipynb
 def _walk(container  # an open av container with a video stream
-          ) -> tuple[list, float, bool]:  # times of whole pictures, last moment in seconds, all packets whole?
+          ) -> tuple[list, float, bool]:  # times of whole pictures, last moment (s), all packets whole?
     "What is in a container, by its packets, without decoding."
     start, end, times, whole = (container.start_time or 0) / 1e6, 0.0, [], True
     for packet in container.demux():
