@@ -268,7 +268,8 @@ def test_prompts_too_few_and_too_long(fakes):
 
 def test_command_and_its_status(home, capsys):
     videos, out = home / "videos", home / "out"
-    ask = ["evaluate", "--identity", "case/identity", "--encoders", "toy", "--videos", str(videos), "--out", str(out)]
+    ask = ["evaluate", "--identity", "case/identity", "--encoders", "toy"]
+    ask += ["--videos", str(videos), "--out", str(out)]
     cat = HELD_OUT_SUBJECTS["teal_cat"]
     for i in range(2): write_video(videos / f"{i} é.mp4", render(cat, "swinging", seed=i)[0])
     assert main([*ask, "--motion", "case/motion"]) == 0
