@@ -288,11 +288,11 @@ def load_encoders(which:str="published", # or "toy", or "random": published arch
     if flow not in (None, "dis", "raft"): raise InputError(f"flow {flow!r} is neither 'raft' nor 'dis'")
     if weights is not None and not Path(weights).is_dir():
         raise InputError(f"{weights}: no folder of weights is there")
+    own = None if midpoint is None else ExportedMidpoint(midpoint, device)
     ours = dict(toy=_toy, random=_random).get(which)
     asked = [key for key in PUBLISHED if (key, flow) != ("flow", "dis")]
     found = ours(device) if ours else {key: _published(key, weights, device) for key in asked}
     if flow == "dis": found["flow"] = DisFlow()
     if flow == "raft" and which == "toy": found["flow"] = _published("flow", weights, device)
     near = found["flow"]
-    if midpoint is not None: return found | dict(midpoint=ExportedMidpoint(midpoint, device))
-    return found | dict(midpoint=near if isinstance(near, Missing) else WarpMidpoint(near))
+    return found | dict(midpoint=own or (near if isinstance(near, Missing) else WarpMidpoint(near)))

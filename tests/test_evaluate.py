@@ -300,7 +300,7 @@ def test_wrong_arguments_are_two(wrong, says, capsys):
     given |= dict([wrong])
     code = main(["evaluate", *[a for pair in given.items() for a in pair]])
     err = capsys.readouterr().err
-    if says is None: assert code == 0 # a folder of pictures is a video of frames
+    if says is None: assert code == 1 # a folder of pictures is a video, here of two frames
     else: assert code == 2 and says in err and len(err.splitlines()) == 1
 
 
