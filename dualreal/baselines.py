@@ -61,7 +61,8 @@ def optimise(run:Run, parameters:list, count:int): # count: steps of this phase
     "A fresh optimiser and schedule, as in the trainer."
     c = run.config
     for p in parameters: p.data = p.data.float() # also where the base runs in bfloat16
-    run.optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(.9, .95), eps=1e-8, weight_decay=c.weight_decay)
+    how = dict(lr=c.lr, betas=(.9, .95), eps=1e-8, weight_decay=c.weight_decay)
+    run.optimizer = torch.optim.AdamW(parameters, **how)
     run.schedule = get_scheduler("cosine_with_restarts", run.optimizer, num_training_steps=count,
                                  num_warmup_steps=min(c.warmup, count // 5))
     run.transformer = run.accelerator.prepare(run.pipe.transformer)
@@ -70,7 +71,8 @@ def steps(run:Run, count:int, step=train_step, on_step=None): # step: run -> row
     "`count` steps; stops at a loss that is not finite."
     for _ in range(count):
         row = step(run)
-        if not math.isfinite(row["loss"]): raise FloatingPointError(f"loss {row['loss']} at step {row['step']}")
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"loss {row['loss']} at step {row['step']}")
         run.log.append(row)
         if on_step is not None: on_step(run, row)
 
@@ -79,9 +81,10 @@ def plain_loss(run:Run, part:list): # part: of `micro_batches`
     "The denoising loss of samples of one shape, without a reference."
     device, dtype = run.accelerator.device, run.pipe.transformer.dtype
     latents, noise = (torch.stack([getattr(s, k) for s in part]).to(device) for k in ("latents", "noise"))
-    text, timesteps = torch.stack([s.item.text for s in part]), torch.cat([s.timestep for s in part]).to(device)
+    text = torch.stack([s.item.text for s in part]).to(device, dtype)
+    timesteps = torch.cat([s.timestep for s in part]).to(device)
     noisy = run.pipe.scheduler.add_noise(latents, noise, timesteps).to(dtype)
-    predicted = run.transformer(hidden_states=noisy, encoder_hidden_states=text.to(device, dtype), timestep=timesteps,
+    predicted = run.transformer(hidden_states=noisy, encoder_hidden_states=text, timestep=timesteps,
                                 image_rotary_emb=run.rotary(latents.shape[1])).sample
     return velocity_loss(run.pipe.scheduler, predicted, latents, noise, timesteps)
 
@@ -123,14 +126,15 @@ def _batch_of(run, prompts, seeds, weights, sizes):
     def watch(pipe, step, timestep, tensors): # the prompts' half of both guidance branches comes second
         if adapted: weights.append(blend_weights(pipe.transformer)[-n:].mean(0).float().cpu())
         return {}
-    how = dict(num_inference_steps=sizes.get("steps") or base.steps, guidance_scale=sizes.get("guidance", base.guidance))
+    how = dict(num_inference_steps=sizes.get("steps") or base.steps, height=base.height, width=base.width,
+               guidance_scale=sizes.get("guidance", base.guidance), num_frames=base.frames)
     text = [run.texts[p].to(run.accelerator.device, pipe.transformer.dtype) for p in ("", *prompts)]
     pipe.set_progress_bar_config(disable=True)
     with given_reference(pipe.transformer, run.case.reference) if adapted else nullcontext():
         out = pipe(prompt_embeds=torch.cat(text[1:]), negative_prompt_embeds=text[0].expand(n, -1, -1), **how,
-                   height=base.height, width=base.width, num_frames=base.frames, max_sequence_length=base.max_tokens,
+                   max_sequence_length=base.max_tokens, callback_on_step_end=watch,
                    generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], use_dynamic_cfg=False,
-                   output_type="np", callback_on_step_end=watch).frames
+                   output_type="np").frames
     return (np.stack(list(out)) * 255).round().astype(np.uint8)
 
 # %% ../nbs/32_baselines.ipynb
@@ -199,7 +203,8 @@ class Apart(Method):
 
     def merge(self, run, names):
         "Both adapters at their strengths."
-        if names: run.pipe.transformer.set_adapters(names, [dict(zip(("identity", "motion"), self.strengths))[n] for n in names])
+        strength = dict(zip(("identity", "motion"), self.strengths))
+        if names: run.pipe.transformer.set_adapters(names, [strength[n] for n in names])
 
 # %% ../nbs/32_baselines.ipynb
 @dataclass(frozen=True)
@@ -290,14 +295,15 @@ class SubjectThenMotion(FullFineTune):
     until: float = .6            # share of the timesteps below which control ends
 
     def prepare(self, config):
-        return prepare(replace(config, **self.settings, prompts=[*config.prompts, *_class_prompts(config)]), progress=False)
+        prompts = [*config.prompts, *_class_prompts(config)]
+        return prepare(replace(config, **self.settings, prompts=prompts), progress=False)
 
     def train(self, run, on_step=None):
         bare(run)
         word = run.words["prompts"][-1]
         frames, _ = videos(run, [word] * self.prior_videos, list(range(self.prior_videos)))
-        run.case.prior = [Encoded("prior", word, *encode_frames(run.pipe.vae, clip), run.texts[word][0].float().cpu(), None)
-                          for clip in frames]
+        text, vae = run.texts[word][0].float().cpu(), run.pipe.vae
+        run.case.prior = [Encoded("prior", word, *encode_frames(vae, clip), text, None) for clip in frames]
         run.orders["prior"], count = Shuffled(len(frames)), turns(run.config)["identity"]
         run.config = _WithPrior(**asdict(run.config), batch_prior=run.config.batch_identity)
         run.config.motion_ratio, before = 0., run.config.motion_ratio
@@ -329,7 +335,8 @@ def led(method, run, prompt, clip): # clip: path
     count = (size.frames - 1) // pipe.vae_scale_factor_temporal + 1
     words = find_words(pipe.tokenizer, prompt, run.words["class_word"])
     boxes = moving_boxes(read_video(clip, size.frames)[0], count)
-    bias = attention_bias(boxes, words, size.max_tokens, size.height // step, size.width // step, method.control)
+    grid = size.height // step, size.width // step
+    bias = attention_bias(boxes, words, size.max_tokens, *grid, method.control)
     bias = torch.stack([torch.zeros_like(bias), bias]).to(run.accelerator.device, pipe.transformer.dtype)
     last = method.until * pipe.scheduler.config.num_train_timesteps
     def lead(module, args, kwargs): # both guidance branches in one batch: the empty prompt comes first
@@ -356,8 +363,10 @@ METHODS = dict(
     without_stageblender=_ablation("without StageBlender", controller=False),
     without_reference=_ablation("without reference condition", reference_encoder="none"))
 
-SWEEPS = dict(groups=(1, 2, 3, 6, 7, 42), motion_ratio=(.1, .25, .75, .9), rank=(4, 8, 16, 64, 128), scale=(.05, .5, 1.))
-METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v}) for k, vs in SWEEPS.items() for v in vs}
+SWEEPS = dict(groups=(1, 2, 3, 6, 7, 42), motion_ratio=(.1, .25, .75, .9), rank=(4, 8, 16, 64, 128),
+              scale=(.05, .5, 1.))
+METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
+            for k, values in SWEEPS.items() for v in values}
 
 # %% ../nbs/32_baselines.ipynb
 def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
@@ -365,12 +374,15 @@ def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
     name, *changes = spec.split(":")
     if name not in METHODS: raise InputError(f"method {name!r} is none of {', '.join(METHODS)}")
     method = METHODS[name]
-    own, settings = {f.name for f in fields(method)} - {"title", "settings", "tuned_as"}, {f.name for f in fields(TrainConfig)}
+    own = {f.name for f in fields(method)} - {"title", "settings", "tuned_as"}
+    known = own | {f.name for f in fields(TrainConfig)}
     for change in changes:
         key, equals, value = change.partition("=")
-        if not equals or key not in own | settings:
-            raise InputError(f"method {spec!r}: {change!r} is not key=value with a key of {', '.join(sorted(own | settings))}")
+        if not equals or key not in known:
+            keys = ", ".join(sorted(known))
+            raise InputError(f"method {spec!r}: {change!r} is not key=value with a key of {keys}")
         try: value = json.loads(value)
         except json.JSONDecodeError: pass # a word
-        method = replace(method, **({key: value} if key in own else {"settings": {**method.settings, key: value}}))
+        changed = {key: value} if key in own else dict(settings={**method.settings, key: value})
+        method = replace(method, **changed)
     return replace(method, title=f"{method.title} ({', '.join(changes)})") if changes else method
