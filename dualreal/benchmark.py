@@ -115,8 +115,9 @@ class Job:
         "What determines the result, JSON-able."
         b, method = self.bench, find_method(self.method)
         own = ("steps", "sampling", "videos", "batch", "images", "clips", "scorer")
-        return dict({k: getattr(b, k) for k in own}, format=FORMAT, method=method.described(), lr=self.lr, data=b.data,
-                    case=self.case, seed=self.seed, base=base_print(b.base), prompts=list(b.prompts))
+        return dict({k: getattr(b, k) for k in own}, format=FORMAT, method=method.described(), lr=self.lr,
+                    case=self.case, seed=self.seed, base=base_print(b.base), prompts=list(b.prompts),
+                    data=b.data)
 
     @property
     def key(self) -> str: return content_hash(self.settings)[:16]
@@ -332,15 +333,15 @@ def _ray(jobs, out, address, work):
         except Exception as e: yield job, _said(e)
         else: yield job, None
 
-def status(jobs:list, out) -> dict: # methods: name -> dict(done=, diverged=, missing=); other: of other configurations
-    "What is there and what is missing."
+def status(jobs:list, out) -> dict: # methods -> name -> done, diverged, missing; other -> a number
+    "What is there, what is missing, and how many results belong to other configurations."
     table, wanted = {}, {j.path(out) for j in jobs}
     for job in jobs:
         row, path = table.setdefault(job.method, dict(done=0, diverged=0, missing=0)), job.path(out)
         error = path.exists() and "error" in json.loads(path.read_text(encoding="utf-8"))
         row["missing" if not path.exists() else "diverged" if error else "done"] += 1
     folders = {j.path(out).parent for j in jobs}
-    other = sum(p not in wanted for folder in folders for p in folder.glob("*.json"))
+    other = sum(p not in wanted for folder in folders for p in folder.glob("[!.]*.json"))
     return dict(methods=table, other=other)
 
 # %% ../nbs/33_benchmark.ipynb
@@ -368,7 +369,7 @@ def _best(bench, out, jobs):
         table.setdefault(job.lr, []).append(float(np.mean(scores)) if scores else None)
     means = {lr: None if None in found else float(np.mean(found)) for lr, found in table.items()}
     held = {lr: m for lr, m in means.items() if m is not None}
-    if not held: raise RuntimeError(f"{jobs[0].method}: all of {list(means)} diverged: try smaller learning rates")
+    if not held: raise RuntimeError(f"{jobs[0].method}: all of {list(means)} diverged: try smaller --lrs")
     return dict(lr=max(held, key=held.get), objective=list(bench.objective), cases=list(bench.search),
                 tried={str(k): v for k, v in means.items()})
 

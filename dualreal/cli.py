@@ -348,7 +348,8 @@ def run_bench(args):
     from dualreal import benchmark as b
     if args.action == "data": return _bench_data(args)
     numbers = dict(seeds=_numbers(args.seeds, int, "seeds"), lrs=_numbers(args.lrs, float, "lrs"))
-    bench = b.load_bench(args.bench or "toy", **numbers, **{k: getattr(args, k) for k in ("base", "steps", "sampling", "videos", "data")})
+    given = {k: getattr(args, k) for k in ("base", "steps", "sampling", "videos", "data")}
+    bench = b.load_bench(args.bench or "toy", **numbers, **given)
     out, split = args.out or str(b.data_folder()/"results"), lambda text: text and text.split(",")
     how = dict(workers=args.workers or 1, ray=args.ray)
     if args.action == "search":

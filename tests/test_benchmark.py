@@ -142,7 +142,7 @@ def test_killed_run_continues(home, bench, tmp_path):
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     going = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
-    while not list(tmp_path.rglob("lora/*.json")) and going.poll() is None and time.time() < deadline: time.sleep(.02)
+    while not list(tmp_path.rglob("lora/[!.]*.json")) and going.poll() is None and time.time() < deadline: time.sleep(.02)
     os.killpg(going.pid, signal.SIGKILL)
     going.wait()
     before = {p: p.read_bytes() for p in tmp_path.rglob("lora/[!.]*.json")}
