@@ -17,7 +17,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -30,10 +30,18 @@ from .backbone import find_base
 from .baselines import Method, find_method, seen
 from .core import InputError, content_hash, environment, write_json
 from .data import load_case
-from .metrics import (
-    METRICS, clip_t, deviation, dynamic_degree, image_similarity, macro_average, motion_smoothness,
-    temporal_consistency, temporal_flickering)
-from .toyworld import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS, write_case
+from dualreal.metrics import (
+    METRICS,
+    clip_t,
+    deviation,
+    dynamic_degree,
+    image_similarity,
+    macro_average,
+    motion_smoothness,
+    temporal_consistency,
+    temporal_flickering,
+)
+from .toyworld import HELD_OUT_SUBJECTS, write_case
 from .trainer import TrainConfig, joint_prompt
 from .video import read_image, read_video, write_video
 
@@ -319,7 +327,8 @@ def _pool(jobs, out, workers, work, tries=3):
 # %% ../nbs/33_benchmark.ipynb
 def _ray(jobs, out, address, work):
     "Yields (job, error); records come back to this process, which saves them: workers need no common disk."
-    try: import ray
+    try:
+        import ray
     except ImportError as e: raise InputError("--ray needs Ray: pip install 'dualreal[ray]'") from e
     ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
     remote = ray.remote(num_cpus=1, max_retries=3)(work)
