@@ -26,21 +26,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import dualreal
+from . import metrics
 from .backbone import find_base
 from .baselines import Method, find_method, seen
 from .core import InputError, content_hash, environment, write_json
 from .data import load_case
-from dualreal.metrics import (
-    METRICS,
-    clip_t,
-    deviation,
-    dynamic_degree,
-    image_similarity,
-    macro_average,
-    motion_smoothness,
-    temporal_consistency,
-    temporal_flickering,
-)
+from .metrics import METRICS, macro_average
 from .toyworld import HELD_OUT_SUBJECTS, write_case
 from .trainer import TrainConfig, joint_prompt
 from .video import read_image, read_video, write_video
@@ -173,17 +164,17 @@ class Metrics:
         pictures = [read_image(i.path) for i in case.identity]
         self.known = {k: self.nets[k].images(pictures) for k in ("clip_i", "dino_i") if k in self.nets}
         clips = [read_video(i.path) for i in case.motion] if "flow" in self.nets else []
-        self.degrees = [dynamic_degree(f, fps, self.nets["flow"]) for f, fps in clips]
+        self.degrees = [metrics.dynamic_degree(f, fps, self.nets["flow"]) for f, fps in clips]
 
     def __call__(self, frames, fps, prompt) -> dict: # absent: no network for it
-        nets, row = self.nets, dict(temporal_flickering=temporal_flickering(frames))
-        if clip := nets.get("clip_t"): row["clip_t"] = clip_t(clip.text(prompt), clip.images(frames))
-        for k, known in self.known.items(): row[k] = image_similarity(nets[k].images(frames), known)
-        if "clip_i" in nets: row["temporal_consistency"] = temporal_consistency(nets["clip_i"].images(frames))
-        if "midpoint" in nets: row["motion_smoothness"] = motion_smoothness(frames, nets["midpoint"])
+        nets, row = self.nets, dict(temporal_flickering=metrics.temporal_flickering(frames))
+        if clip := nets.get("clip_t"): row["clip_t"] = metrics.clip_t(clip.text(prompt), clip.images(frames))
+        for k, known in self.known.items(): row[k] = metrics.image_similarity(nets[k].images(frames), known)
+        if "clip_i" in nets: row["temporal_consistency"] = metrics.temporal_consistency(nets["clip_i"].images(frames))
+        if "midpoint" in nets: row["motion_smoothness"] = metrics.motion_smoothness(frames, nets["midpoint"])
         if self.degrees:
-            row["dynamic_degree"] = degree = dynamic_degree(frames, fps, nets["flow"])
-            row["dynamic_degree_deviation"] = deviation(degree, self.degrees)
+            row["dynamic_degree"] = degree = metrics.dynamic_degree(frames, fps, nets["flow"])
+            row["dynamic_degree_deviation"] = metrics.deviation(degree, self.degrees)
         return row
 
 # %% ../nbs/33_benchmark.ipynb
@@ -200,7 +191,7 @@ class ToyTruth(Metrics):
 class Pixels:
     "What needs no network: for trying things out."
     def __init__(self, case, info): pass
-    def __call__(self, frames, fps, prompt): return dict(temporal_flickering=temporal_flickering(frames))
+    def __call__(self, frames, fps, prompt): return dict(temporal_flickering=metrics.temporal_flickering(frames))
 
 SCORERS = dict(toy=ToyTruth, published=partial(Metrics, which="published"), pixels=Pixels)
 
