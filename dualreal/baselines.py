@@ -270,7 +270,8 @@ def attention_bias(boxes, words:list, tokens:int, height:int, width:int, strengt
     for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
         inside = ((y >= top) & (y <= bottom))[:, None] & ((x >= left) & (x <= right))
         rows = tokens + i * per + torch.arange(per)
-        bias[rows[:, None], torch.tensor(words)] = torch.where(inside.flatten(), strength, -strength)[:, None]
+        signs = torch.where(inside.flatten(), 1., -1.)
+        bias[rows[:, None], torch.tensor(words)] = strength * signs[:, None]
     return bias
 
 def find_words(tokenizer, prompt:str, words:str) -> list:

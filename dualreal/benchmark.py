@@ -25,7 +25,6 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import dualreal
 from . import metrics
 from .backbone import find_base
 from .baselines import Method, find_method, seen
@@ -62,7 +61,7 @@ class Bench:
 # %% ../nbs/33_benchmark.ipynb
 def data_folder() -> Path:
     "`data/` of the repository: under the working folder, or beside the package."
-    for root in (Path.cwd(), Path(dualreal.__file__).resolve().parent.parent):
+    for root in (Path.cwd(), Path(metrics.__file__).resolve().parent.parent):
         if (root/"data"/"benchmark").is_dir(): return root/"data"
     raise InputError("data/benchmark is not here: run from a clone of the repository")
 
@@ -170,7 +169,7 @@ class Metrics:
         nets, row = self.nets, dict(temporal_flickering=metrics.temporal_flickering(frames))
         if clip := nets.get("clip_t"): row["clip_t"] = metrics.clip_t(clip.text(prompt), clip.images(frames))
         for k, known in self.known.items(): row[k] = metrics.image_similarity(nets[k].images(frames), known)
-        if "clip_i" in nets: row["temporal_consistency"] = metrics.temporal_consistency(nets["clip_i"].images(frames))
+        if clip := nets.get("clip_i"): row["temporal_consistency"] = metrics.temporal_consistency(clip.images(frames))
         if "midpoint" in nets: row["motion_smoothness"] = metrics.motion_smoothness(frames, nets["midpoint"])
         if self.degrees:
             row["dynamic_degree"] = degree = metrics.dynamic_degree(frames, fps, nets["flow"])
@@ -191,7 +190,8 @@ class ToyTruth(Metrics):
 class Pixels:
     "What needs no network: for trying things out."
     def __init__(self, case, info): pass
-    def __call__(self, frames, fps, prompt): return dict(temporal_flickering=metrics.temporal_flickering(frames))
+    def __call__(self, frames, fps, prompt):
+        return dict(temporal_flickering=metrics.temporal_flickering(frames))
 
 SCORERS = dict(toy=ToyTruth, published=partial(Metrics, which="published"), pixels=Pixels)
 

@@ -14,6 +14,8 @@ from filelock import FileLock
 
 from dualreal.backbone import tiny_pipeline
 from dualreal.benchmark import (
+    SCORERS,
+    TRUTH,
     as_text,
     completeness,
     data_folder,
@@ -28,7 +30,9 @@ from dualreal.benchmark import (
 )
 from dualreal.cli import main
 from dualreal.core import InputError, write_json
-from dualreal.toyworld import write_case
+from dualreal.data import load_case
+from dualreal.metrics import METRICS
+from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
 
 SMALL = ('{"reference_encoder": "none", "rank": 4, "groups": 2, "steps": 2, '
          '"training": {"steps": 3, "batch_motion": 2, "batch_identity": 2, "lr": 0.001}}')
@@ -221,3 +225,15 @@ def test_bad_input(home, tmp_path):
     write_json(tmp_path / "odd.json", dict(json.loads((home / "tiny.json").read_text()), unicorn=1))
     with pytest.raises(InputError, match="unicorn"): load_bench(str(tmp_path / "odd.json"))
     assert main(["bench", "data"]) == 2
+
+
+def test_toy_scores_of_the_truth(tmp_path):
+    "A drawn clip of the case scores high on identity and motion, one of another case low; all metrics are there."
+    write_case(tmp_path, "teal_cat", "swinging", images=2, clips=2)
+    case = load_case(tmp_path / "identity", tmp_path / "motion")
+    score = SCORERS["toy"](case, dict(subject="teal_cat", motion="swinging"))
+    right, wrong = (render(HELD_OUT_SUBJECTS[s], m, "snow", seed=3)[0]
+                    for s, m in (("teal_cat", "swinging"), ("coral_fish", "hopping")))
+    mine, other = (score(clip, 8, "a cat * is swinging in the snow") for clip in (right, wrong))
+    assert mine["identity"] > .7 > .5 > other["identity"] and mine["motion"] > .7 > other["motion"]
+    assert {*METRICS, *TRUTH} <= mine.keys() and mine["clip_i"] > other["clip_i"]
