@@ -169,7 +169,8 @@ class Metrics:
         nets, row = self.nets, dict(temporal_flickering=metrics.temporal_flickering(frames))
         if clip := nets.get("clip_t"): row["clip_t"] = metrics.clip_t(clip.text(prompt), clip.images(frames))
         for k, known in self.known.items(): row[k] = metrics.image_similarity(nets[k].images(frames), known)
-        if clip := nets.get("clip_i"): row["temporal_consistency"] = metrics.temporal_consistency(clip.images(frames))
+        if clip := nets.get("clip_i"):
+            row["temporal_consistency"] = metrics.temporal_consistency(clip.images(frames))
         if "midpoint" in nets: row["motion_smoothness"] = metrics.motion_smoothness(frames, nets["midpoint"])
         if self.degrees:
             row["dynamic_degree"] = degree = metrics.dynamic_degree(frames, fps, nets["flow"])
