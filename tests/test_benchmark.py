@@ -228,7 +228,7 @@ def test_bad_input(home, tmp_path):
 
 
 def test_toy_scores_of_the_truth(tmp_path):
-    "A drawn clip of the case scores high on identity and motion, one of another case low; all metrics are there."
+    "A drawn clip of the case scores high on identity and motion, one of another case low."
     write_case(tmp_path, "teal_cat", "swinging", images=2, clips=2)
     case = load_case(tmp_path / "identity", tmp_path / "motion")
     score = SCORERS["toy"](case, dict(subject="teal_cat", motion="swinging"))
