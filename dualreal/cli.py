@@ -30,7 +30,8 @@ def main(argv=None) -> int: # arguments without the program's name; default: the
         return args.run(args) or 0
     except InputError as e: return _fail(e, 2)
     except PermissionError as e: return _fail(f"{e.filename or 'a file'}: permission denied", 2)
-    except KeyboardInterrupt: return _fail("interrupted; what was saved is kept", 130)
+    except KeyboardInterrupt as e:
+        return _fail(str(e) or "interrupted; what was saved is kept", getattr(e, "status", 130))
     except Exception as e: return _fail(_sentence(e), 1)
 
 def _fail(message, status):
@@ -69,7 +70,9 @@ _FLAGS = dict(
     identity_prompt=(str, 'one caption for all images, e.g. "dog *"'),
     motion_prompt=(str, 'one caption for all clips, e.g. "a person is playing guitar"'),
     steps=(int, "optimisation steps"), seed=(int, "of everything random (default: 42)"),
-    save_every=(int, "steps between checkpoints (default: none)"),
+    save_every=(int, "steps between checkpoints (default: 100; 0: only when stopped)"),
+    keep=(int, "newest checkpoints that stay (default: 3)"),
+    trackers=(str, "tensorboard, wandb, or none (default: tensorboard, where it is installed)"),
     preview_every=(int, "steps between preview videos (default: none)"),
     samples=(int, "videos made at the end (default: 4)"),
     reference_encoder=(str, "a path, a Hub id, or none"),
@@ -117,6 +120,7 @@ def run_train(args):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
     path = train(config)
+    if os.environ.get("RANK", "0") != "0": return # of several processes, one reports
     print(f"adapter        {path}\ncontact sheet  {path.parent/'contact_sheet.png'}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
 
@@ -146,13 +150,14 @@ def run_generate(args):
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
     from dualreal.checkpoint import read_adapter
-    from dualreal.encode import check_writable
+    from dualreal.encode import check_writable, tile
     from dualreal.generate import generate, sized
     check_writable(out.parent, "give another --out")
     tensors, info, stored = read_adapter(args.adapter)
     pipe = _base_with_adapter(args, tensors, info)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
+    tile(pipe, size.height, size.width)
     sizes, reference = {k: getattr(size, k) for k in _SIZES}, _reference(args, info, stored)
     made = generate(pipe, args.prompt, reference=reference, seed=args.seed, dial=args.dial, **sizes)
     _write_generation(out, made, size.fps, _scale(pipe), adapter=args.adapter, base=args.base or info["base"])
@@ -180,11 +185,10 @@ def _base_with_adapter(args, tensors, info):
     base = args.base or info.get("base")
     if not base:
         raise InputError(f"{args.adapter}: a published file does not name its base; give --base")
-    device = pick_device(args.device)
-    pipe = load_base(base, device=device, dtype=pick_dtype(device, args.precision))
+    device, precision = pick_device(args.device), args.precision or info.get("training", {}).get("precision")
+    pipe = load_base(base, device=device, dtype=pick_dtype(device, precision))
     load_adapter(pipe.transformer, args.adapter)
     pipe.transformer.requires_grad_(False)
-    if device.type != "cpu": pipe.vae.enable_tiling()
     return pipe
 
 # %% ../nbs/41_cli.ipynb

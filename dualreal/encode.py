@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Encoded', 'EncodedCase', 'fingerprint', 'check_writable', 'cache_folder', 'Cache', 'check_prompt', 'encode_prompt',
-           'encode_frames', 'decode_latents', 'encode_case', 'release']
+           'encode_frames', 'decode_latents', 'tile', 'encode_case', 'release']
 
 # %% ../nbs/21_encode.ipynb
 import gc
@@ -127,6 +127,11 @@ def decode_latents(vae, latents): # scaled latents (F', C, h, w)
     z = latents.to(vae.device, vae.dtype).transpose(0, 1)[None] / vae.config.scaling_factor
     x = vae.decode(z).sample[0].float().clamp(-1, 1)
     return ((x + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+# %% ../nbs/21_encode.ipynb
+def tile(pipe, height:int, width:int):
+    "Let the VAE work in tiles where frames are larger than 300x300 pixels."
+    pipe.vae.enable_tiling() if height * width > 300 * 300 else pipe.vae.disable_tiling()
 
 # %% ../nbs/21_encode.ipynb
 @dataclass

@@ -194,7 +194,7 @@ def test_damaged_checkpoint_is_passed_over(home, trained, tmp_path, capsys):
     shutil.copytree(run / "checkpoints/step-2", run / "checkpoints/step-3")
     (run / "checkpoints/step-3/state.pt").write_bytes(b"half")
     assert main(train(home / "case", run, "--resume", "--save-every", "2", "--samples", "0")) == 0
-    assert "step-3" in capsys.readouterr().out
+    assert "step-3: state.pt is damaged" in capsys.readouterr().err
     log = [[r["loss"] for r in json.loads((d / "run.json").read_text())["log"]] for d in (run, trained)]
     assert log[0] == log[1]
 
