@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['FILE', 'REFERENCE', 'CHECKSUMS', 'POINTER', 'pair_tensors', 'adapter_tensors', 'published_state', 'inferred_config',
-           'shape_of', 'expected_shapes', 'save_adapter', 'find_adapter', 'read_adapter', 'load_adapter',
-           'step_folders', 'write_step', 'damage', 'newest_step', 'sweep', 'random_state', 'set_random_state',
-           'Interrupted', 'StopRequest']
+           'shape_of', 'expected_shapes', 'save_adapter', 'find_adapter', 'read_adapter', 'checked_info',
+           'load_adapter', 'step_folders', 'write_step', 'damage', 'newest_step', 'sweep', 'random_state',
+           'set_random_state', 'Interrupted', 'StopRequest']
 
 # %% ../nbs/20_checkpoint.ipynb
 import json
@@ -181,13 +181,23 @@ def _read_file(path):
     except Exception as e: # a damaged file can fail in any way
         code = "Unsupported global" in str(e) or "GLOBAL" in str(e)
         reason = "it holds more than tensors, and loading it could run code" if code else \
-            e.strerror if isinstance(e, OSError) and e.strerror else "the file is damaged or of another kind"
+            e.strerror if isinstance(e, OSError) and e.strerror else \
+            str(e) if str(e).startswith("its metadata") else "the file is damaged or of another kind"
         raise InputError(f"{path}: cannot be read as an adapter: {reason}") from e
 
 def _read_safetensors(path):
     with safe_open(path, "pt") as f:
         info = json.loads((f.metadata() or {}).get("dualreal", "{}"))
-        return {k: f.get_tensor(k) for k in f.keys()}, dict(info)
+        return {k: f.get_tensor(k) for k in f.keys()}, checked_info(info)
+
+def checked_info(info) -> dict: # what JSON gave
+    "The metadata of a file, or `ValueError`: a stranger's may hold anything."
+    kinds = dict(config=dict, training=dict, generation=dict, transformer=dict, base=str)
+    wrong = [k for k, kind in kinds.items() if not isinstance(info.get(k, kind()), kind)]
+    size = info.get("generation", {})
+    wrong += [k for k, v in size.items() if k not in ("height", "width", "frames") or type(v) is not int]
+    if wrong: raise ValueError(f"its metadata are not of a DualReal adapter ({', '.join(wrong)})")
+    return dict(info)
 
 def _read_pickle(path): return dict(torch.load(path, map_location="cpu", weights_only=True))
 

@@ -215,15 +215,20 @@ def run_check(args):
     "dualreal check: what training would see, before it costs anything."
     from transformers import AutoTokenizer
 
-    from dualreal.backbone import base_size, find_base
-    from dualreal.data import check_case, format_report, load_case
+    from dualreal.backbone import base_size, find_sizes
+    from dualreal.data import case_sheet, check_case, format_report, load_case
     case = load_case(args.identity, args.motion, args.identity_prompt, args.motion_prompt)
-    folder = find_base(args.base)
-    size, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
-    def tokens(prompt): return len(tokenizer(prompt).input_ids), size.max_tokens
-    report = check_case(case, size.height, size.width, size.frames, tokens)
+    folder = find_sizes(args.base)
+    base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
+    size = [getattr(args, k) or getattr(base, k) for k in ("height", "width", "frames")]
+    if min(size) < 1: raise InputError("--height, --width and --frames: give positive numbers")
+    if args.sheet and not args.sheet.lower().endswith((".png", ".jpg")):
+        raise InputError(f"{args.sheet}: --sheet must end in .png or .jpg")
+    def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
+    report = check_case(case, *size, tokens)
     report["base"]["name"] = args.base
     print(json.dumps(report, indent=1, default=str) if args.json else format_report(report))
+    if args.sheet: case_sheet(case, *size, args.sheet)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
 
@@ -337,6 +342,8 @@ def _check_flags(p):
     _case_flags(p)
     _add(p, "base", str, _FLAGS["base"][1], default="toy")
     for name in ("identity_prompt", "motion_prompt"): _add(p, name, *_FLAGS[name])
+    for name in ("height", "width", "frames"): _add(p, name, *_FLAGS[name])
+    _add(p, "sheet", str, "also write a picture of what training will see", metavar="FILE.png")
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 
 def _inspect_flags(p): p.add_argument("path", metavar="PATH", help="adapter file, or a folder that holds one")

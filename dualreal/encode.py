@@ -185,6 +185,7 @@ def encode_case(pipe,                  # with VAE, tokenizer and text encoder
     items, cache = case.identity + case.motion, Cache(cache_folder(cache))
     for prompt in {i.prompt for i in items}: check_prompt(pipe.tokenizer, prompt, max_tokens)
     work = _Work(pipe, height, width, frames, max_tokens, encoder, norm, cache)
+    tile(pipe, height, width)
     disable = None if progress else True # None: only where there is no terminal
     with tqdm(items, "encoding", disable=disable, leave=False) as bar: # closed also on an error
         done = [work.encode(item) for item in bar]

@@ -26,43 +26,12 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
+from . import checkpoint as store
 from .backbone import BaseSize, base_size, load_base, load_reference_encoder
-from dualreal.checkpoint import (
-    FILE,
-    Interrupted,
-    StopRequest,
-    adapter_tensors,
-    find_adapter,
-    newest_step,
-    random_state,
-    read_adapter,
-    save_adapter,
-    set_random_state,
-    step_folders,
-    sweep,
-    write_step,
-)
-from dualreal.core import (
-    InputError,
-    atomic_path,
-    environment,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    seed_all,
-    write_json,
-)
+from .checkpoint import FILE, adapter_tensors, find_adapter, read_adapter, save_adapter
+from .core import InputError, atomic_path, environment, peak_memory, pick_device, pick_dtype, write_json
 from .data import MIN_CLIP, load_case
-from dualreal.encode import (
-    Encoded,
-    EncodedCase,
-    check_prompt,
-    check_writable,
-    encode_case,
-    encode_prompt,
-    release,
-    tile,
-)
+from .encode import Encoded, EncodedCase, check_prompt, check_writable, encode_case, encode_prompt, release
 from .generate import generate, sized
 from .objective import denoising_loss
 from .switch import TrainingSwitch, focus, parts_of
@@ -130,6 +99,8 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
     for name in ("lr", "clip"):
         value = getattr(done, name)
         if not 0 < value < math.inf: raise InputError(f"{name} {value}: give a positive number")
+    if done.reference_norm not in ("clip", "published"):
+        raise InputError(f"reference_norm {done.reference_norm!r}: give 'clip' or 'published'")
     return done
 
 # %% ../nbs/24_trainer.ipynb
@@ -331,8 +302,9 @@ def prepare(config:TrainConfig, progress=True) -> Run:
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word)
     files = {k: [str(item.path) for item in getattr(case, k)] for k in ("identity", "motion")}
     orders, generator = {k: Shuffled(len(v)) for k, v in files.items()}, torch.Generator()
-    run = Run(config, accelerator, pipe, encoded, texts, dict(words, prompts=prompts), files, size, None, None,
-              switch, generator.manual_seed(config.seed), orders)
+    words["prompts"] = prompts
+    run = Run(config, accelerator, pipe, encoded, texts, words, files, size, None, None, switch,
+              generator.manual_seed(config.seed), orders)
     _attach(run, adapter)
     run.seconds["prepare"] = time.perf_counter() - start
     return run
@@ -378,7 +350,6 @@ def _encode(config, pipe, case, prompts, device, progress):
     encoder = load_reference_encoder(config.reference_encoder, base=config.base, device=device)
     tokens = base_size(pipe).max_tokens
     for part in (pipe.vae, pipe.text_encoder): part.to(device)
-    tile(pipe, config.height, config.width)
     encoded = encode_case(pipe, case, config.height, config.width, config.frames, tokens, encoder,
                           config.reference_norm, config.cache, progress)
     texts = {p: encode_prompt(pipe, p, tokens).cpu() for p in ["", *prompts]}
@@ -389,7 +360,7 @@ def _encode(config, pipe, case, prompts, device, progress):
 def _attach(run, adapter):
     "The adapter, in fp32 also where the base runs in bfloat16; its optimiser and schedule."
     config, transformer = run.config, run.pipe.transformer
-    seed_all(config.seed)
+    torch.manual_seed(config.seed)
     transformer.add_adapter(adapter)
     transformer.to(run.accelerator.device)
     parameters = list(adapter_tensors(transformer).values())
@@ -426,28 +397,28 @@ def _given(run):
 # %% ../nbs/24_trainer.ipynb
 def save_checkpoint(run:Run) -> Path: # called by all processes: the first one writes
     "checkpoints/step-N: adapter.safetensors, state.pt and their checksums."
-    randoms, run.saved = gather_object([random_state()]), run.step # by process
+    randoms, run.saved = gather_object([store.random_state()]), run.step # by process
     def write(folder):
         save_adapter(run.pipe.transformer, folder, metadata=facts(run), reference=run.case.reference)
         with atomic_path(folder/"state.pt") as file: torch.save(_state(run, randoms), file)
     home = run.out/"checkpoints"
     if not run.accelerator.is_main_process: return home/f"step-{run.step}"
-    return write_step(home, run.step, write, run.config.keep)
+    return store.write_step(home, run.step, write, run.config.keep)
 
 def checkpoints(out) -> list[Path]:
     "Checkpoint folders of a run, newest first."
-    return step_folders(Path(out)/"checkpoints")
+    return store.step_folders(Path(out)/"checkpoints")
 
 # %% ../nbs/24_trainer.ipynb
 def restore(run:Run) -> Path | None: # the checkpoint used; None: there is none, start afresh
     "Continue from the newest whole checkpoint; a damaged one is named and passed over."
     if run.accelerator.is_main_process:
-        sweep(run.out/"checkpoints")
+        store.sweep(run.out/"checkpoints")
         for left in run.out.glob(".adapter-*.safetensors"): left.unlink() # of a killed run
     run.accelerator.wait_for_everyone()
     def read(folder): # on the CPU: a run may continue on another device
         return torch.load(folder/"state.pt", "cpu", weights_only=True), read_adapter(folder)[0]
-    found = newest_step(run.out/"checkpoints", read)
+    found = store.newest_step(run.out/"checkpoints", read)
     if found is not None: _continue(run, *found[1])
     return found and found[0]
 
@@ -461,7 +432,7 @@ def _continue(run, state, adapter):
     for k in ("optimizer", "schedule", "switch"): getattr(run, k).load_state_dict(state[k])
     run.generator.set_state(state["generator"])
     for k, order in run.orders.items(): order.left = state["orders"][k]
-    set_random_state(state["randoms"][run.accelerator.process_index % len(state["randoms"])])
+    store.set_random_state(state["randoms"][run.accelerator.process_index % len(state["randoms"])])
     run.step, run.log, run.seconds = state["step"], state["log"], {**run.seconds, **state["seconds"]}
     run.saved = run.step
 
@@ -557,7 +528,7 @@ def train(config:TrainConfig,
 def loop(run:Run, bar, on_step:Callable=None): # bar: of tqdm
     "Step until the last one, or until asked to stop."
     before, start, means = run.seconds.get("train", 0.), time.perf_counter(), {}
-    with StopRequest() as stop:
+    with store.StopRequest() as stop:
         while run.step < run.config.steps:
             row = train_step(run)
             run.log.append(row)
@@ -582,7 +553,8 @@ def stopped(run, number):
     "Save and say so."
     path = run.out/"checkpoints"/f"step-{run.step}" if run.saved == run.step else save_checkpoint(run)
     run.accelerator.wait_for_everyone()
-    raise Interrupted(f"stopped after step {run.step}, saved as {path}; continue with --resume", number)
+    run.accelerator.end_training() # trackers write what they still hold
+    raise store.Interrupted(f"stopped after step {run.step}, saved as {path}; continue with --resume", number)
 
 # %% ../nbs/24_trainer.ipynb
 def finish(run:Run, progress=True) -> Path: # the adapter file
