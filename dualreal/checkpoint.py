@@ -224,7 +224,8 @@ def load_adapter(transformer,            # a stock transformer
 def _stored_config(info, known, source):
     unknown = ", ".join(sorted(info["config"].keys() - set(_CONFIG)))
     if unknown: raise InputError(f"{source}: unknown setting {unknown}: was it made by a newer dualreal?")
-    return DualRealConfig(**{**info["config"], **known})
+    try: return DualRealConfig(**{**info["config"], **known})
+    except InputError as e: raise InputError(f"{source}: {e}") from e
 
 def _alike(transformer, existing, config, known):
     "Whether `config` can be loaded over the attached adapter: same tensors, same scale, same wishes."

@@ -59,7 +59,10 @@ class EncodedCase:
 # %% ../nbs/21_encode.ipynb
 def fingerprint(module) -> str:
     "A hash of a network: its configuration and the ends of every tensor."
-    h = [type(module).__name__, str(getattr(module, "config", ""))]
+    config = getattr(module, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    of_files = lambda k: k.startswith("_") or k.endswith("_version")
+    h = [type(module).__name__, {k: v for k, v in config.items() if not of_files(k)}]
     for name, t in module.state_dict().items():
         flat = t.detach().reshape(-1)
         h += [name, str(tuple(t.shape)), torch.cat([flat[:8], flat[-8:]]).float()]

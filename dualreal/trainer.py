@@ -445,6 +445,7 @@ def sample(run:Run, prompt:str, seed:int): # prompt: one of `run.texts`
     sizes = {k: getattr(run.size, k) for k in ("height", "width", "frames")}
     scheduler, checkpointing = pipe.scheduler, pipe.transformer.gradient_checkpointing
     pipe.transformer.gradient_checkpointing = False
+    pipe.transformer.requires_grad_(False) # a side that trains is summed in another order: other last digits
     pipe.vae.to(device)
     try: return generate(pipe, prompt, embeds, negative, run.case.reference, seed, progress=False, **sizes)
     finally:

@@ -282,11 +282,11 @@ def together(function, *args, processes=2, limit=120):
     "Run `function(rank, *args)` in forked processes that form a group; their exit codes."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = f"{free.getsockname()[1]}"
 
     def begin(rank):
-        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}")
-        os.environ.update(MASTER_PORT=f"{port}", LOCAL_WORLD_SIZE=f"{processes}", MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}", MASTER_PORT=port,
+                          LOCAL_WORLD_SIZE=f"{processes}", MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
         AcceleratorState._reset_state(reset_partial_state=True)
         function(rank, *args)
         os._exit(0)
@@ -383,9 +383,9 @@ def test_a_preview_can_be_made_again(home, tmp_path):
     assert main(["generate", "--adapter", f"{folder}", "--prompt", record["prompt"], "--device", "cpu",
                  "--seed", f"{record['seed']}", "--out", f"{tmp_path / 'again.mp4'}"]) == 0
     frames, again = (read_video(path)[0] for path in (folder / "00.mp4", tmp_path / "again.mp4"))
+    weight, made = "identity_weight", json.loads((tmp_path / "again.mp4.json").read_text())
+    assert {k: made[k] for k in record} == record and made[weight]
     assert np.array_equal(frames, again)
-    weight = "identity_weight"
-    assert json.loads((tmp_path / "again.mp4.json").read_text())[weight] == record[weight]
     bias = "controller.fusion_net.3.bias"
     assert not torch.equal(*[weights(path)[bias] for path in (folder, tmp_path / "run")])
 
