@@ -410,11 +410,14 @@ def checkpoints(out) -> list[Path]:
     return store.step_folders(Path(out)/"checkpoints")
 
 # %% ../nbs/24_trainer.ipynb
+_LEFT = re.compile(r"\.(adapter|config|contact_sheet|loss|run|\d+)-\w+\.\w+") # of a killed run
+
 def restore(run:Run) -> Path | None: # the checkpoint used; None: there is none, start afresh
     "Continue from the newest whole checkpoint; a damaged one is named and passed over."
     if run.accelerator.is_main_process:
         store.sweep(run.out/"checkpoints")
-        for left in run.out.glob(".adapter-*.safetensors"): left.unlink() # of a killed run
+        for left in run.out.rglob(".*"):
+            if _LEFT.fullmatch(left.name): left.unlink()
     run.accelerator.wait_for_everyone()
     def read(folder): # on the CPU: a run may continue on another device
         return torch.load(folder/"state.pt", "cpu", weights_only=True), read_adapter(folder)[0]
