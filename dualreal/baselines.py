@@ -49,7 +49,7 @@ def bare(run:Run) -> Run:
     old = run.pipe.transformer
     kind, dtype, thrifty = type(old), old.dtype, old.gradient_checkpointing
     run.accelerator.free_memory()
-    run.transformer = run.optimizer = run.schedule = run.pipe.transformer = None
+    run.optimizer = run.schedule = run.pipe.transformer = None
     folder = find_base(run.config.base)/"transformer"
     fresh = kind.from_pretrained(folder, torch_dtype=dtype).to(run.accelerator.device)
     if thrifty: fresh.enable_gradient_checkpointing()
@@ -64,7 +64,6 @@ def optimise(run:Run, parameters:list, count:int): # count: steps of this phase
     run.optimizer = torch.optim.AdamW(parameters, **how)
     run.schedule = get_scheduler("cosine_with_restarts", run.optimizer, num_training_steps=count,
                                  num_warmup_steps=min(c.warmup, count // 5))
-    run.transformer = run.accelerator.prepare(run.pipe.transformer)
 
 def steps(run:Run, count:int, step=train_step, on_step=None): # step: run -> row of the log
     "`count` steps; stops at a loss that is not finite."
@@ -83,8 +82,8 @@ def plain_loss(run:Run, part:list): # part: of `micro_batches`
     text = torch.stack([s.item.text for s in part]).to(device, dtype)
     timesteps = torch.cat([s.timestep for s in part]).to(device)
     noisy = run.pipe.scheduler.add_noise(latents, noise, timesteps).to(dtype)
-    predicted = run.transformer(hidden_states=noisy, encoder_hidden_states=text, timestep=timesteps,
-                                image_rotary_emb=run.rotary(latents.shape[1])).sample
+    predicted = run.pipe.transformer(hidden_states=noisy, encoder_hidden_states=text, timestep=timesteps,
+                                     image_rotary_emb=run.rotary(latents.shape[1])).sample
     return velocity_loss(run.pipe.scheduler, predicted, latents, noise, timesteps)
 
 def plain_step(run:Run, prior:float=0.) -> dict: # prior: weight of the class's own samples

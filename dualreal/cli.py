@@ -31,7 +31,8 @@ def main(argv=None) -> int: # arguments without the program's name; default: the
         return args.run(args) or 0
     except InputError as e: return _fail(e, 2)
     except PermissionError as e: return _fail(f"{e.filename or 'a file'}: permission denied", 2)
-    except KeyboardInterrupt: return _fail("interrupted; what was saved is kept", 130)
+    except KeyboardInterrupt as e:
+        return _fail(str(e) or "interrupted; what was saved is kept", getattr(e, "status", 130))
     except Exception as e: return _fail(_sentence(e), 1)
 
 def _fail(message, status):
@@ -70,7 +71,9 @@ _FLAGS = dict(
     identity_prompt=(str, 'one caption for all images, e.g. "dog *"'),
     motion_prompt=(str, 'one caption for all clips, e.g. "a person is playing guitar"'),
     steps=(int, "optimisation steps"), seed=(int, "of everything random (default: 42)"),
-    save_every=(int, "steps between checkpoints (default: none)"),
+    save_every=(int, "steps between checkpoints (default: 100; 0: only when stopped)"),
+    keep=(int, "newest checkpoints that stay (default: 3)"),
+    trackers=(str, "tensorboard, wandb, or none (default: tensorboard, where it is installed)"),
     preview_every=(int, "steps between preview videos (default: none)"),
     samples=(int, "videos made at the end (default: 4)"),
     reference_encoder=(str, "a path, a Hub id, or none"),
@@ -118,6 +121,7 @@ def run_train(args):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
     path = train(config)
+    if os.environ.get("RANK", "0") != "0": return # of several processes, one reports
     print(f"adapter        {path}\ncontact sheet  {path.parent/'contact_sheet.png'}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
 
@@ -147,13 +151,14 @@ def run_generate(args):
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
     from dualreal.checkpoint import read_adapter
-    from dualreal.encode import check_writable
+    from dualreal.encode import check_writable, tile
     from dualreal.generate import generate, sized
     check_writable(out.parent, "give another --out")
     tensors, info, stored = read_adapter(args.adapter)
     pipe = _base_with_adapter(args, tensors, info)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
+    tile(pipe, size.height, size.width)
     sizes, reference = {k: getattr(size, k) for k in _SIZES}, _reference(args, info, stored)
     made = generate(pipe, args.prompt, reference=reference, seed=args.seed, dial=args.dial, **sizes)
     _write_generation(out, made, size.fps, _scale(pipe), adapter=args.adapter, base=args.base or info["base"])
@@ -181,11 +186,10 @@ def _base_with_adapter(args, tensors, info):
     base = args.base or info.get("base")
     if not base:
         raise InputError(f"{args.adapter}: a published file does not name its base; give --base")
-    device = pick_device(args.device)
-    pipe = load_base(base, device=device, dtype=pick_dtype(device, args.precision))
+    device, precision = pick_device(args.device), args.precision or info.get("training", {}).get("precision")
+    pipe = load_base(base, device=device, dtype=pick_dtype(device, precision))
     load_adapter(pipe.transformer, args.adapter)
     pipe.transformer.requires_grad_(False)
-    if device.type != "cpu": pipe.vae.enable_tiling()
     return pipe
 
 # %% ../nbs/41_cli.ipynb
@@ -246,15 +250,20 @@ def run_check(args):
     "dualreal check: what training would see, before it costs anything."
     from transformers import AutoTokenizer
 
-    from dualreal.backbone import base_size, find_base
-    from dualreal.data import check_case, format_report, load_case
+    from dualreal.backbone import base_size, find_sizes
+    from dualreal.data import case_sheet, check_case, format_report, load_case
     case = load_case(args.identity, args.motion, args.identity_prompt, args.motion_prompt)
-    folder = find_base(args.base)
-    size, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
-    def tokens(prompt): return len(tokenizer(prompt).input_ids), size.max_tokens
-    report = check_case(case, size.height, size.width, size.frames, tokens)
+    folder = find_sizes(args.base)
+    base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
+    size = [getattr(args, k) or getattr(base, k) for k in ("height", "width", "frames")]
+    if min(size) < 1: raise InputError("--height, --width and --frames: give positive numbers")
+    if args.sheet and not args.sheet.lower().endswith((".png", ".jpg")):
+        raise InputError(f"{args.sheet}: --sheet must end in .png or .jpg")
+    def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
+    report = check_case(case, *size, tokens)
     report["base"]["name"] = args.base
     print(json.dumps(report, indent=1, default=str) if args.json else format_report(report))
+    if args.sheet: case_sheet(case, *size, args.sheet)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
 
@@ -427,6 +436,8 @@ def _check_flags(p):
     _case_flags(p)
     _add(p, "base", str, _FLAGS["base"][1], default="toy")
     for name in ("identity_prompt", "motion_prompt"): _add(p, name, *_FLAGS[name])
+    for name in ("height", "width", "frames"): _add(p, name, *_FLAGS[name])
+    _add(p, "sheet", str, "also write a picture of what training will see", metavar="FILE.png")
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 
 def _inspect_flags(p): p.add_argument("path", metavar="PATH", help="adapter file, or a folder that holds one")

@@ -4,17 +4,20 @@
 
 # %% auto 0
 __all__ = ['EXAMPLES', 'MIN_CLIP', 'LEVELS', 'Item', 'Case', 'identity_files', 'motion_files', 'captions', 'class_word',
-           'motion_words', 'load_case', 'first_frame', 'read_item', 'check_case', 'format_report']
+           'motion_words', 'load_case', 'first_frame', 'read_item', 'moving_share', 'check_case', 'format_report',
+           'case_sheet']
 
 # %% ../nbs/03_data.ipynb
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import dropwhile, takewhile
+from itertools import combinations, dropwhile, takewhile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from . import video
@@ -83,6 +86,8 @@ def _listed(root: Path  # a folder that may hold videos.txt
     lines = [line.strip() for line in _lines(listing)]
     paths = [root / line for line in lines]
     for line, path in zip(lines, paths):
+        if not Path(os.path.abspath(path)).is_relative_to(Path(os.path.abspath(root))):
+            raise InputError(f"{listing} lists {line}, which leads out of {root}: copy the clip into it.")
         if not path.exists():
             raise InputError(f"{listing} lists {line}, but {path} does not exist.")
         if not _is_clip(path):
@@ -300,9 +305,10 @@ def read_item(item: Item,
 LEVELS = ("error", "warning", "note")  # of findings, worst first
 
 
-def _measure(item: Item, max_frames: int) -> dict:  # JSON-able row of the report
-    "Size, rate and length of an item; decodes the frames that are used."
-    frames, fps = _source_frames(item, max_frames)
+def _measure(item: Item,
+             frames: np.ndarray,  # uint8 (F, H, W, 3), of `_source_frames`
+             fps: float | None) -> dict:  # JSON-able row of the report
+    "Size, rate and length of an item."
     height, width = frames.shape[1:3]
     photo = item.path.suffix.lower() in video.IMAGE_SUFFIXES
     there = 1 if photo else max(video.count_frames(item.path), len(frames))
@@ -312,10 +318,25 @@ def _measure(item: Item, max_frames: int) -> dict:  # JSON-able row of the repor
 
 def _finding(level: str,  # one of `LEVELS`
              text: str,  # one sentence
+             fix: str,  # what to do about it
              where: str | None = None  # path
              ) -> dict:
     "One thing to say about a case."
-    return dict(level=level, where=where, text=text)
+    return dict(level=level, where=where, text=text, fix=fix)
+
+# %% ../nbs/03_data.ipynb
+def _small(frames: np.ndarray,  # uint8 (F, H, W, 3)
+           width: int, height: int) -> np.ndarray:  # int16 (F, height, width), grey
+    "Frames as a glance sees them."
+    size, how = (width, height), Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(f).convert("L").resize(size, how), np.int16) for f in frames])
+
+
+def moving_share(frames: np.ndarray  # uint8 (F, H, W, 3)
+                 ) -> float:  # of the picture, 0 to 1
+    "How much of a clip changes visibly (by more than 12 of 255 levels) at any time."
+    grey = _small(frames, 32, 32)
+    return float((grey.max(0) - grey.min(0) > 12).mean())
 
 # %% ../nbs/03_data.ipynb
 def _about_item(row: dict,  # of `_measure`
@@ -324,34 +345,66 @@ def _about_item(row: dict,  # of `_measure`
                 width: int,
                 max_frames: int) -> list[dict]:  # findings
     "What may cost quality in one image or clip."
-    path, h, w, full = row["path"], row["height"], row["width"], video.usable_frames(max_frames, max_frames)
+    h, w, full = row["height"], row["width"], video.usable_frames(max_frames, max_frames)
     scale, kept = max(height / h, width / w), min(w / h, width / height) / max(w / h, width / height)
     found = []
     if scale > 1.5:
         level = "warning" if kind == "image" else "note"
-        found.append((level, f"{w}x{h} is enlarged {scale:.1f} times."))
+        found.append((level, f"{w}x{h} is enlarged {scale:.1f} times.", "use the original, larger file"))
     if kept < 0.6:
-        found.append(("warning", f"{w}x{h} is cropped to {width}x{height}: only {kept:.0%} of it stays."))
+        text = f"{w}x{h} is cropped to {width}x{height}: only {kept:.0%} of it stays."
+        found.append(("warning", text, "crop it around the subject, or choose another --height and --width"))
     if kind == "image" and row["frames"] > 1:
-        found.append(("note", f"Only the first of {row['frames']} frames is used."))
+        text = f"Only the first of {row['frames']} frames is used."
+        found.append(("note", text, "save the best frame as an image"))
     if kind == "video" and row["used"] < full:
-        found.append(("warning", f"Short clip: {row['used']} of {full} frames are filled."))
-    return [_finding(level, text, path) for level, text in found]
+        text = f"Short clip: {row['used']} of {full} frames are filled."
+        found.append(("warning", text, f"use a clip of {full} frames or more"))
+    if kind == "video" and (cut := min(row["frames"], full) - row["used"]):
+        text = f"{row['used'] + cut} frames, of which {row['used']} are used: the base takes 4k+1."
+        found.append(("note", text, "nothing, if the end may go"))
+    return [_finding(level, text, fix, row["path"]) for level, text, fix in found]
 
 # %% ../nbs/03_data.ipynb
-def _about_captions(case: Case,
-                    prompt_tokens: Callable | None  # as in `check_case`
-                    ) -> list[tuple[str, str]]:  # level, sentence
-    "What is odd about the captions of a case."
+def _look(frames: np.ndarray  # uint8 (F, H, W, 3)
+          ) -> tuple[np.ndarray, np.ndarray]:  # hash (2 * 256,) bool, mean colours (2, 3)
+    "What a copy has in common with its original."
+    two = frames[[0, len(frames) // 2]]
+    return (np.diff(_small(two, 17, 16), axis=2) > 3).ravel(), two.mean((1, 2))
+
+
+def _copies(looks: list[tuple],  # (path, of `_look`)
+            ) -> list[dict]:  # findings
+    "Items that show the same, pair by pair."
     found = []
-    for kind, prompt in dict.fromkeys((item.kind, item.prompt) for item in case.identity + case.motion):
-        tokens, limit = prompt_tokens(prompt) if prompt_tokens else (0, 0)
-        if kind == "image" and "*" not in prompt:
-            found.append(("warning", f'Identity caption {prompt!r} has no "*" for the subject.'))
-        if kind == "video" and "*" in prompt:
-            found.append(("warning", f'Motion caption {prompt!r} holds "*", the word of the subject.'))
-        if tokens > limit:
-            found.append(("error", f"Caption {prompt!r} has {tokens} tokens, the base takes {limit}."))
+    for (first, (a, red)), (second, (b, blue)) in combinations(looks, 2):
+        if (a ^ b).sum() <= 0.25 * (a | b).sum() and abs(red - blue).max() < 12:
+            text = f"{second} shows the same as {Path(first).name}."
+            found.append(_finding("warning", text, "keep one of them", second))
+    return found
+
+# %% ../nbs/03_data.ipynb
+def _names(prompt: str, word: str) -> bool:
+    "Whether a caption holds a word, as a word."
+    return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.I) is not None
+
+
+def _about_caption(kind: str,  # "image" or "video"
+                   prompt: str,
+                   subject: str  # class word of the case
+                   ) -> list[tuple[str, str, str]]:  # level, sentence, fix
+    "What is odd about one caption."
+    found, shown = [], f"{'Identity' if kind == 'image' else 'Motion'} caption {prompt!r}"
+    if kind == "image" and "*" not in prompt:
+        found.append(("warning", f'{shown} has no "*" for the subject.', f'write "{subject} *"'))
+    if kind == "image" and not _names(prompt, subject):
+        text = f"{shown} does not name the {subject}, as other captions do."
+        found.append(("warning", text, f'write "{subject} *" in every one'))
+    if kind == "video" and "*" in prompt:
+        found.append(("warning", f'{shown} holds "*", the word of the subject.', "leave the star out"))
+    if kind == "video" and _names(prompt, subject):
+        text = f"{shown} holds {subject!r}, the class of the subject: it leaks into the motion."
+        found.append(("warning", text, 'name whoever moves, as in "a person is"'))
     return found
 
 
@@ -359,29 +412,50 @@ def _about_case(case: Case,
                 prompt_tokens: Callable | None  # as in `check_case`
                 ) -> list[dict]:  # findings
     "What may go wrong with a case as a whole."
-    found = [("note", note) for note in case.notes]
+    found = [("note", note, "nothing, if that is meant") for note in case.notes]
     for role, items in (("identity images", case.identity), ("motion clips", case.motion)):
         if len(items) < 3:
-            found.append(("warning", f"Few {role}: {len(items)}, where 3 or more are better."))
-    return [_finding(level, text) for level, text in found + _about_captions(case, prompt_tokens)]
+            found.append(("warning", f"Few {role}: {len(items)}, where 3 or more are better.", "add some"))
+    for kind, prompt in dict.fromkeys((item.kind, item.prompt) for item in case.identity + case.motion):
+        tokens, limit = prompt_tokens(prompt) if prompt_tokens else (0, 0)
+        found += _about_caption(kind, prompt, case.class_word)
+        if tokens > limit:
+            text = f"Caption {prompt!r} has {tokens} tokens, the base takes {limit}."
+            found.append(("error", text, "shorten it"))
+    return [_finding(*one) for one in found]
 
 # %% ../nbs/03_data.ipynb
+def _about_clips(rows: list[dict]  # of motion clips
+                 ) -> list[dict]:  # findings
+    "What the clips do not have in common."
+    rates = sorted({row["fps"] for row in rows})
+    if len(rates) < 2 or rates[-1] < 1.2 * rates[0]: return []
+    text = f"Clips of {rates[0]:g} to {rates[-1]:g} frames a second: the motion is seen at different speeds."
+    return [_finding("note", text, "convert them to one rate")]
+
+
 def _read_all(case: Case,
               height: int,
               width: int,
               max_frames: int) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
     "Read every item; one that cannot be used becomes an error among the findings."
-    rows, findings = dict(identity=[], motion=[]), []
+    rows, looks, findings = dict(identity=[], motion=[]), dict(identity=[], motion=[]), []
     jobs = [("identity", item) for item in case.identity] + [("motion", item) for item in case.motion]
     for role, item in tqdm(jobs, desc="reading", leave=False, disable=None):
         try:
-            row = _measure(item, max_frames)
+            frames, fps = _source_frames(item, max_frames)
+            row = _measure(item, frames, fps)
         except InputError as error:
-            findings.append(_finding("error", str(error), str(item.path)))
+            findings.append(_finding("error", str(error), "replace the file or take it away", str(item.path)))
             continue
         rows[role].append(row)
+        looks[role].append((row["path"], _look(frames)))
         findings += _about_item(row, item.kind, height, width, max_frames)
-    return rows, findings
+        if role == "motion" and (share := moving_share(frames)) < 0.005:
+            text = f"Nothing moves: {share:.1%} of the picture changes."
+            findings.append(_finding("warning", text, "use a clip that shows the motion", row["path"]))
+    findings += _copies(looks["identity"]) + _copies(looks["motion"])
+    return rows, findings + _about_clips(rows["motion"])
 
 # %% ../nbs/03_data.ipynb
 def check_case(case: Case,
@@ -424,12 +498,14 @@ def _sentences(findings: list[dict]) -> list[str]:  # lines
     "One line for each thing to say, with the files it is true of."
     alike = {}
     for finding in findings:
-        alike.setdefault((finding["level"], finding["text"]), []).append(finding["where"])
+        what = finding["level"], finding["text"], finding["fix"]
+        alike.setdefault(what, []).append(finding["where"])
     lines = []
-    for (level, text), where in alike.items():
+    for (level, text, fix), where in alike.items():
         named = where[0] is None or where[0] in text
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        lines.append(f"{level}: {text}" if named else f"{level}: {where[0]}{more}: {text}")
+        said = text if named else f"{where[0]}{more}: {text}"
+        lines.append(f"{level}: {said} Fix: {fix}.")
     return lines
 
 # %% ../nbs/03_data.ipynb
@@ -444,3 +520,22 @@ def format_report(report: dict  # of `check_case`
     verdict = "can be trained" if report["ok"] else "cannot be trained"
     last = f"This case {verdict} (errors: {report['errors']}, warnings: {report['warnings']})."
     return "\n".join([*lines, *_sentences(report["findings"]), last])
+
+# %% ../nbs/03_data.ipynb
+def case_sheet(case: Case,
+               height: int,  # of the training frames
+               width: int,
+               max_frames: int,
+               path: str | Path | None = None,  # also written there
+               cell: int = 96) -> Image.Image:  # height of a cell in pixels
+    "Images and clips as they are trained on, six frames of each clip; what cannot be read is left out."
+    def seen(item):
+        try: frames = read_item(item, height, width, max_frames)
+        except InputError: return None
+        picks = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).round().astype(int)]
+        return video.resize_crop(picks, cell, round(cell * width / height))
+    images = [frames[0] for item in case.identity if (frames := seen(item)) is not None]
+    rows = [(f"identity: {case.identity_prompt}", images)] if images else []
+    rows += [(item.path.name, [f]) for item in case.motion if (f := seen(item)) is not None]
+    if not rows: raise InputError("There is nothing to show: no image and no clip of this case can be read.")
+    return video.contact_sheet(rows, cell=cell, path=path)

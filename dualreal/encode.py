@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Encoded', 'EncodedCase', 'fingerprint', 'check_writable', 'cache_folder', 'Cache', 'check_prompt', 'encode_prompt',
-           'encode_frames', 'decode_latents', 'encode_case', 'release']
+           'encode_frames', 'decode_latents', 'tile', 'encode_case', 'release']
 
 # %% ../nbs/21_encode.ipynb
 import gc
@@ -59,7 +59,10 @@ class EncodedCase:
 # %% ../nbs/21_encode.ipynb
 def fingerprint(module) -> str:
     "A hash of a network: its configuration and the ends of every tensor."
-    h = [type(module).__name__, str(getattr(module, "config", ""))]
+    config = getattr(module, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    of_files = lambda k: k.startswith("_") or k.endswith("_version")
+    h = [type(module).__name__, {k: v for k, v in config.items() if not of_files(k)}]
     for name, t in module.state_dict().items():
         flat = t.detach().reshape(-1)
         h += [name, str(tuple(t.shape)), torch.cat([flat[:8], flat[-8:]]).float()]
@@ -129,6 +132,11 @@ def decode_latents(vae, latents): # scaled latents (F', C, h, w)
     return ((x + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 # %% ../nbs/21_encode.ipynb
+def tile(pipe, height:int, width:int):
+    "Let the VAE work in tiles where frames are larger than 300x300 pixels."
+    pipe.vae.enable_tiling() if height * width > 300 * 300 else pipe.vae.disable_tiling()
+
+# %% ../nbs/21_encode.ipynb
 @dataclass
 class _Work:
     "What encoding one item needs."
@@ -180,6 +188,7 @@ def encode_case(pipe,                  # with VAE, tokenizer and text encoder
     items, cache = case.identity + case.motion, Cache(cache_folder(cache))
     for prompt in {i.prompt for i in items}: check_prompt(pipe.tokenizer, prompt, max_tokens)
     work = _Work(pipe, height, width, frames, max_tokens, encoder, norm, cache)
+    tile(pipe, height, width)
     disable = None if progress else True # None: only where there is no terminal
     with tqdm(items, "encoding", disable=disable, leave=False) as bar: # closed also on an error
         done = [work.encode(item) for item in bar]

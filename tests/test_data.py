@@ -14,14 +14,21 @@ REAL = Path(__file__).resolve().parents[2] / "shared/real"
 PERSON = "a person is waving"
 
 
-def photo(path, width=24, height=16, tone=120):
+def texture(path, width, height):
+    "A picture that only this name has."
+    blocks = np.random.default_rng(list(path.name.encode())).integers(0, 200, (4, 6, 3), np.uint8)
+    return np.asarray(Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST))
+
+
+def photo(path, width=24, height=16, tone=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (tone, 90, 60)).save(path)
+    plain = Image.new("RGB", (width, height), (tone or 0, 90, 60))
+    (Image.fromarray(texture(path, width, height)) if tone is None else plain).save(path)
 
 
-def clip(path, count=9, width=24, height=16):
+def clip(path, count=9, width=24, height=16, **how):
     shade = np.arange(count, dtype=np.uint8)[:, None, None, None] * 20
-    write_video(path, np.broadcast_to(shade, (count, height, width, 3)).copy())
+    write_video(path, texture(path, width, height) + shade, **how)
 
 
 def text(path, *lines):
@@ -296,6 +303,72 @@ def test_check_says_alike_things_once(one, wave):
     assert "and 2 more: 24x16 is enlarged" in said
     assert said.count("Short clip") == 3  # three lengths
     assert report["ok"] and len([f for f in report["findings"] if "enlarged" in f["text"]]) == 6
+
+
+def found(one, wave, *prompts, size=(16, 24, 9)):
+    "Sentences of a report, after each of its findings has said what to do and both forms have shown it."
+    report = data.check_case(data.load_case(one, wave, *prompts), *size)
+    said = data.format_report(report)
+    for finding in report["findings"]: assert finding["fix"] and finding["fix"] in said
+    assert json.loads(json.dumps(report)) == report
+    return [finding["text"] for finding in report["findings"]]
+
+
+def test_doctor_sees_copies(one, wave):
+    "Also where a copy has another size and format; a mirrored one is another picture."
+    photo(one / "2.png", 192, 128)
+    picture = Image.open(one / "2.png")
+    picture.resize((120, 80)).save(one / "3.jpg", quality=80)
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(one / "4.png")
+    (wave / "d.mp4").write_bytes((wave / "b.mp4").read_bytes())
+    assert [text for text in found(one, wave) if "the same" in text] == [
+        f"{one / '3.jpg'} shows the same as 2.png.", f"{wave / 'd.mp4'} shows the same as b.mp4."]
+
+
+def test_doctor_sees_what_stands_still(one, wave):
+    still = np.broadcast_to(texture(wave / "s", 64, 48), (9, 48, 64, 3)).copy()
+    write_video(wave / "still.mp4", still)
+    still[4:, 10:20, 10:20] = 255
+    write_video(wave / "moving.mp4", still)
+    moves = [text for text in found(one, wave) if "moves" in text]
+    assert moves == ["Nothing moves: 0.0% of the picture changes."]
+
+
+@pytest.mark.parametrize("subject, motion, says", [
+    ("a dog", PERSON, 'has no "*"'), ("dog *", "a dog is waving", "'dog', the class of the subject"),
+    ("dog *", "a * is waving", 'holds "*"'), ("dog *", "the Dog is waving", "it leaks"),
+    ("grey dog *", "a grey dog is waving", "'grey dog'"),
+])
+def test_doctor_reads_captions(one, wave, subject, motion, says):
+    assert [text for text in found(one, wave, subject, motion) if says in text]
+    assert not [text for text in found(one, wave, "dog *", "a hotdog is waving") if "leaks" in text]
+
+
+def test_doctor_misses_the_subject(one, wave):
+    text(one / "prompts.txt", "dog *", "dog *", "cat *")
+    assert [t for t in found(one, wave) if "does not name the dog" in t and "'cat *'" in t]
+
+
+def test_doctor_sees_shapes_rates_and_lengths(one, wave):
+    photo(one / "tall.png", width=20, height=90)
+    clip(wave / "fast.mp4", 12, fps=30)
+    said = " ".join(found(one, wave, size=(16, 24, 13)))
+    for words in ("20x90 is cropped to 24x16", "Clips of 8 to 30 frames a second", "12 frames, of which 9",
+                  "Short clip: 5 of 13"): assert words in said, words
+    tall = " ".join(found(one, wave, size=(90, 20, 9)))
+    assert "20x90 is cropped" not in tall and "24x16 is cropped to 20x90" in tall
+
+
+def test_sheet(one, wave, tmp_path):
+    "Of a tall training size; what cannot be read is left out."
+    (one / "2.png").write_bytes(b"")
+    case = data.load_case(one, wave)
+    sheet = data.case_sheet(case, 96, 48, 9, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size == sheet.size
+    for folder in (one, wave):
+        for file in folder.glob("*.*"):
+            if file.suffix != ".txt": file.write_bytes(b"")
+    with pytest.raises(InputError, match="nothing to show"): data.case_sheet(case, 96, 48, 9)
 
 
 def test_check_of_an_identity_clip(tmp_path, wave):
