@@ -1,6 +1,7 @@
-"""Run recipes without Jupyter: `python tools/recipes.py` (all), `... 01 02`, or `torchrun --nproc-per-node 2 tools/recipes.py 01`.
+"""Run recipes without Jupyter: `python tools/recipes.py` (all) or `python tools/recipes.py 01 02`.
 
-Each notebook's code cells run in order in nbs/recipes, as one script. Needs only what the package needs: no Jupyter, no nbdev.
+Under `torchrun --nproc-per-node 2`, too. Each notebook's code cells run in order in nbs/recipes, as one script;
+that needs only what the package needs: no Jupyter, no nbdev.
 """
 import json
 import os
@@ -24,7 +25,8 @@ def run(notebook: Path):
 def main(asked):
     every = sorted(RECIPES.glob("[0-9]*.ipynb"))
     missing = [a for a in asked if not any(p.name.startswith(a) for p in every)]
-    if missing: sys.exit(f"no recipe begins with {missing[0]!r}: there are {', '.join(p.name for p in every)}")
+    known = ", ".join(p.name for p in every)
+    if missing: sys.exit(f"no recipe begins with {missing[0]!r}: there are {known}")
     matplotlib.use("Agg")
     os.chdir(RECIPES)
     for notebook in every:
