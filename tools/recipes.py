@@ -1,6 +1,6 @@
 """Run recipes without Jupyter: `python tools/recipes.py` (all) or `python tools/recipes.py 01 02`.
 
-Under `torchrun --nproc-per-node 2`, too. Each notebook's code cells run in order in nbs/recipes, as one script;
+Under `torchrun --nproc-per-node 2`, too. Each notebook's code cells run in order in nbs/recipes, as a script;
 that needs only what the package needs: no Jupyter, no nbdev.
 """
 import json
