@@ -95,9 +95,10 @@ for height, width in ((32, 48), (48, 80), (64, 96), (47, 71), (240, 320)):
 
 def test_same_frames_make_the_same_file(tmp_path):
     "In one process and in others, whatever is in memory that nobody wrote (glibc fills it on request)."
-    runs = [subprocess.run([sys.executable, "-c", WRITE], cwd=tmp_path,
-                           env=os.environ | dict(MALLOC_PERTURB_=fill), capture_output=True, text=True, check=True).stdout
-            for fill in ("85", "170")]
+    command, runs = [sys.executable, "-c", WRITE], []
+    for fill in ("85", "170"):
+        given = dict(cwd=tmp_path, env=os.environ | dict(MALLOC_PERTURB_=fill))
+        runs.append(subprocess.run(command, capture_output=True, text=True, check=True, **given).stdout)
     assert runs[0] == runs[1] and len(set(runs[0].splitlines())) == 5
 
 
