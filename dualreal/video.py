@@ -336,6 +336,9 @@ def _even(frames: np.ndarray  # (F, H, W, 3)
     return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
+_X264 = dict(crf="18", threads="1", mbtree="0")  # the same bytes every time
+
+
 def _save_mp4(file: Path,  # the file to write
               frames: np.ndarray,  # uint8 (F, H, W, 3)
               fps: float  # frames a second
@@ -346,7 +349,7 @@ def _save_mp4(file: Path,  # the file to write
     frames = _even(frames)
     with av.open(str(file), "w", format="mp4", options=dict(movflags="faststart")) as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options=dict(crf="18"))
+        stream = container.add_stream("libx264", rate=rate, options=_X264)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
