@@ -210,8 +210,8 @@ class StepSize:
         return c.max_text_seq_length, f // (c.patch_size_t or 1) * (h // c.patch_size) * (w // c.patch_size)
 
 # %% ../nbs/23_memory.ipynb
-def simulate(transformer, size:StepSize, policies) -> int: # policies: as many blocks
-    "Peak bytes of activations of one step with these policies; the adapter's gradients exist already."
+def simulate(transformer, size:StepSize, policies) -> tuple: # policies: as many blocks
+    "Bytes of intermediate results (kept after the forward pass, peak of the step); gradients exist already."
     c, dtype, (text, video) = transformer.config, transformer.dtype, size.tokens(transformer)
     with FakeTensorMode():
         like = stand_in(kind_of(transformer), len(policies))
@@ -225,8 +225,10 @@ def simulate(transformer, size:StepSize, policies) -> int: # policies: as many b
             prompt = torch.empty(size.batch, text, c.text_embed_dim, dtype=dtype)
             steps = torch.empty(size.batch, dtype=torch.long)
             rotary = rotary if c.use_rotary_positional_embeddings else None
-            like(latents, prompt, steps, image_rotary_emb=rotary).sample.float().square().mean().backward()
-    return live.peak
+            out = like(latents, prompt, steps, image_rotary_emb=rotary).sample
+            kept = live.now
+            out.float().square().mean().backward()
+    return kept, live.peak
 
 # %% ../nbs/23_memory.ipynb
 @dataclass(frozen=True)
@@ -304,8 +306,8 @@ def lines(transformer, size:StepSize):
     key = kind_of(transformer), size
     if key not in _LINES:
         two, three = ([simulate(transformer, size, [p]*n) for p in POLICIES] for n in (2, 3))
-        slope = tuple(b - a for a, b in zip(two, three))
-        _LINES[key] = tuple(a - 2*s for a, s in zip(two, slope)), slope
+        slope = tuple(b - a for (a, _), (b, _) in zip(two, three))
+        _LINES[key] = tuple(peak - 3*s for (_, peak), s in zip(three, slope)), slope
     return _LINES[key]
 
 _LINES = {}
