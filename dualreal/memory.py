@@ -10,7 +10,7 @@ __all__ = ['POLICIES', 'run_block', 'blocks_of', 'set_policies', 'frozen_of', 'B
 # %% ../nbs/23_memory.ipynb
 import json
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -135,7 +135,8 @@ def store_fp8(transformer):
 def adamw(parameters, eight_bit=False, **how): # how: lr, betas, eps, weight_decay
     "AdamW; with `eight_bit` that of bitsandbytes."
     if not eight_bit: return torch.optim.AdamW(parameters, **how)
-    try: from bitsandbytes.optim import AdamW8bit
+    try:
+        from bitsandbytes.optim import AdamW8bit
     except ImportError as e:
         raise InputError("8-bit Adam needs bitsandbytes: pip install bitsandbytes, or leave it off") from e
     return AdamW8bit(parameters, **how)
@@ -354,6 +355,7 @@ def _free(device):
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device), total
     import psutil # comes with accelerate
+
     memory = psutil.virtual_memory()
     return memory.available + psutil.Process().memory_info().rss, memory.total
 
