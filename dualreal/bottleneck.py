@@ -77,10 +77,9 @@ def fused_form(parts,           # [(Bottleneck, weight (B,)), ...]
     bias = sum(w[:, None] * b.up.bias.to(x.dtype) for b, w in parts)                       # (B, d)
     if total is None: total = sum(w for _, w in parts)
     added = torch.addcmul(bias[:, None], x, total[:, None, None])                          # all skips at once
-    if out is not None: added = added.add_(out)
     for code, up in [code_and_up(group, x, reference) for group in groups]:
         added = added.baddbmm_(code, up.expand(len(code), -1, -1))
-    return added
+    return added if out is None else added.add_(out)  # last, being large: half precision rounds it once
 
 # %% ../nbs/10_bottleneck.ipynb
 class BottleneckPair(nn.Module):

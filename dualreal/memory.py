@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 
+import psutil
 import torch
 from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -354,8 +355,6 @@ def _free(device):
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device), total
-    import psutil # comes with accelerate
-
     memory = psutil.virtual_memory()
     return memory.available + psutil.Process().memory_info().rss, memory.total
 

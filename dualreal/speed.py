@@ -6,7 +6,7 @@
 __all__ = ['FIVE_B', 'SCHEDULER', 'PLAIN', 'ROWS', 'COMPILED', 'block_flops', 'adapter_flops', 'plain_form', 'PlainAttention',
            'plainly', 'Shapes', 'build', 'inputs', 'part', 'our_step', 'plain_step', 'base_step', 'seconds',
            'alternate', 'ratio', 'kept_bytes', 'kept_per_block', 'cpu_runs', 'step_rows', 'profile', 'start_times',
-           'counted_flops', 'predicted_flops', 'record_cpu', 'record_compiled', 'training_on', 'plain_training',
+           'counted_flops', 'predicted_flops', 'record_cpu', 'record_more', 'training_on', 'plain_training',
            'sampling_on', 'record_gpu']
 
 # %% ../nbs/35_speed.ipynb
@@ -318,12 +318,10 @@ def record_cpu(path="data/results/speed/cpu.json", shapes=Shapes(), rounds=5) ->
 
 _HOW = "processor seconds (median, least, most), alternating in one process; ratios of medians"
 
-def record_compiled(path="data/results/speed/cpu.json", rounds=5) -> dict:
-    "Add the compiled rows to a record; compiling takes a minute or more."
+def record_more(name:str, rows=COMPILED, path="data/results/speed/cpu.json", rounds=5) -> dict:
+    "Add other rows, or the same under other conditions (threads), to a record under a name of their own."
     record = json.loads(Path(path).read_text(encoding="utf-8"))
-    more = step_rows(Shapes(**record["shapes"]), COMPILED, rounds)
-    for name, pair in more["rows"].items(): record["rows"][name] = pair
-    record["compiled"] = dict(cpu_seconds=more["cpu_seconds"], environment=environment(), rounds=rounds)
+    record[name] = dict(step_rows(Shapes(**record["shapes"]), rows, rounds), environment=environment(), rounds=rounds)
     write_json(path, record)
     return record
 

@@ -81,7 +81,7 @@ def test_streaming_serves_inference_and_stops():
 
 
 def test_streaming_uses_only_its_slots():
-    "A weight left in its home would pass every test of values: so where running blocks find theirs is watched."
+    "A weight left in its home would pass every test of values: so where blocks find theirs is watched."
     transformer = adapted()
     stream, seen = BlockStream(list(blocks_of(transformer)), "cpu"), []
     slots = [{t.data_ptr() for t in slot} for slot in stream.slots]
