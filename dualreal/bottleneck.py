@@ -60,7 +60,7 @@ def code_and_up(parts,           # [(Bottleneck, weight (B,)), ...]
     "The weighted code (B, N, 2r) and the stacked upward weights (2r, d)."
     down = torch.cat([b.down.weight for b, _ in parts]).to(x.dtype)                       # (2r, d)
     bias = code_bias(parts, reference).to(x.dtype)                                        # (B|1, 1, 2r)
-    alone = len(bias) == 1                                                                # one bias for all samples
+    alone = len(bias) == 1 # one for all samples
     code = F.gelu(F.linear(x, down, bias.flatten()) if alone else F.linear(x, down) + bias)
     scale = torch.cat([w[:, None].expand(-1, b.down.out_features) for b, w in parts], 1)  # (B, 2r)
     return code * scale[:, None], torch.cat([b.up.weight for b, _ in parts], 1).to(x.dtype).T
@@ -97,7 +97,7 @@ class BottleneckPair(nn.Module):
         self.form = fused_form if fused else naive_form
 
     def forward(self, x, w_identity, w_motion, reference=None, out=None, opposed=False):
-        """Tokens (B, N, d), weights (B,) each, reference (B|1, E) or None -> `out` plus what the site adds, (B, N, d).
+        """Tokens (B, N, d), weights (B,), reference (B|1, E) or None -> `out` plus what the site adds, (B, N, d).
         `opposed`: what one weight gains the other loses, so that no gradient needs to flow through their sum."""
         both = (self.identity, w_identity), (self.motion, w_motion)
         parts = [(b, w.to(x.dtype)) for b, w in both if b is not None]

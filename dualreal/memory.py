@@ -169,9 +169,10 @@ class LiveBytes(TorchDispatchMode):
 # %% ../nbs/23_memory.ipynb
 def kind_of(transformer):
     "What a stand-in must know, hashable: class, configuration, adapter, precision."
-    given = next((c for c in getattr(transformer, "peft_config", {}).values() if isinstance(c, DualRealConfig)),
-                 DualRealConfig())
-    adapter = {k: getattr(given, k) for k in "rank condition_dim scale identity motion controller fused".split()}
+    configs = getattr(transformer, "peft_config", {}).values()
+    given = next((c for c in configs if isinstance(c, DualRealConfig)), DualRealConfig())
+    names = "rank condition_dim scale identity motion controller fused".split()
+    adapter = {k: getattr(given, k) for k in names}
     return type(transformer), json.dumps(transformer.config), tuple(adapter.items()), transformer.dtype
 
 def stand_in(kind, blocks:int):
@@ -219,7 +220,8 @@ def simulate(transformer, size:StepSize, policies) -> tuple: # policies: as many
         like = stand_in(kind_of(transformer), len(policies))
         set_policies(like, list(policies))
         for p in like.parameters(): p.grad = torch.empty_like(p) if p.requires_grad else None
-        known = [*like.parameters(), *(p.grad for p in like.parameters() if p.grad is not None), *like.buffers()]
+        grads = [p.grad for p in like.parameters() if p.grad is not None]
+        known = [*like.parameters(), *grads, *like.buffers()]
         e = next(iter(like.peft_config.values())).condition_dim
         rotary = tuple(torch.empty(video, c.attention_head_dim) for _ in range(2))
         with LiveBytes(known) as live, reference(like, None if e is None else torch.empty(1, e)):

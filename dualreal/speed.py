@@ -111,10 +111,12 @@ def build(shapes:Shapes, adapter=True, seed=0):
     filled = lambda t, dtype: noise.repeat(-(-t.numel() // 2**20))[:t.numel()].view(t.shape).to(dtype)
     transformer.to_empty(device="cpu").to(getattr(torch, shapes.dtype))
     for name, p in transformer.named_parameters():
-        p.data = filled(p, p.dtype) * (.5 / p.shape[-1]**.5 if p.ndim > 1 else .02) + ("norm" in name and p.ndim == 1)
+        size = .5 / p.shape[-1]**.5 if p.ndim > 1 else .02
+        p.data = filled(p, p.dtype) * size + ("norm" in name and p.ndim == 1)
     transformer.requires_grad_(False)
     if not adapter: return transformer
-    transformer.add_adapter(DualRealConfig(rank=shapes.rank, groups=shapes.groups, condition_dim=shapes.reference))
+    sizes = dict(rank=shapes.rank, groups=shapes.groups, condition_dim=shapes.reference)
+    transformer.add_adapter(DualRealConfig(**sizes))
     for name, p in transformer.named_parameters():
         if "dualreal_" in name: p.data = filled(p, torch.promote_types(p.dtype, torch.float32)) * .02
     return transformer
@@ -256,7 +258,8 @@ def step_rows(shapes:Shapes, rows=ROWS, rounds=5) -> dict:
     for dimension in ("motion", "identity"):
         found = alternate(cpu_runs(shapes, dimension, {w for pair in rows.values() for w in pair}), rounds)
         ratios |= {f"{dimension}: {name}": round(ratio(found, *pair), 3) for name, pair in rows.items()}
-        medians |= {f"{dimension} {w}": [round(f(t), 3) for f in (statistics.median, min, max)] for w, t in found.items()}
+        shown = lambda t: [round(f(t), 3) for f in (statistics.median, min, max)]
+        medians |= {f"{dimension} {w}": shown(t) for w, t in found.items()}
     return dict(rows=ratios, cpu_seconds=medians)
 
 # %% ../nbs/35_speed.ipynb
@@ -279,8 +282,8 @@ def start_times(folder, rounds=1) -> dict: # folder: empty, for a drawn case and
     found = dict(first=[], second=[])
     for i in range(rounds):
         for which in found:
-            config = TrainConfig(str(folder/"case/identity"), str(folder/"case/motion"), str(folder/f"{which}-{i}"),
-                                 cache=str(folder/f"cache-{i}"), device="cpu")
+            given = folder/"case/identity", folder/"case/motion", folder/f"{which}-{i}"
+            config = TrainConfig(*map(str, given), cache=str(folder/f"cache-{i}"), device="cpu")
             found[which].append(seconds(lambda c=config: train_step(prepare(c, progress=False))))
     return {k: round(statistics.median(v), 3) for k, v in found.items()}
 
@@ -309,8 +312,9 @@ def record_cpu(path="data/results/speed/cpu.json", shapes=Shapes(), rounds=5) ->
     transformer, given = build(shapes), inputs(shapes)
     flops = counted_flops(transformer, part(given, 0, 1))
     measured = shapes.batch * flops / record["cpu_seconds"]["motion ours all"][0]
-    record |= dict(kept_bytes=kept, start_seconds=starts, profile=profile(lambda: our_step(transformer, given)),
-                   flops=dict(predicted=predicted_flops(shapes), counted=flops, per_cpu_second=round(measured / 1e9, 1)))
+    rate = dict(predicted=predicted_flops(shapes), counted=flops, per_cpu_second=round(measured / 1e9, 1))
+    spent = profile(lambda: our_step(transformer, given))
+    record |= dict(kept_bytes=kept, start_seconds=starts, profile=spent, flops=rate)
     record |= dict(shapes=asdict(shapes), tokens=shapes.tokens, rounds=rounds, environment=environment(),
                    attention=attention_backends(), how=_HOW)
     write_json(path, record)
@@ -321,7 +325,8 @@ _HOW = "processor seconds (median, least, most), alternating in one process; rat
 def record_more(name:str, rows=COMPILED, path="data/results/speed/cpu.json", rounds=5) -> dict:
     "Add other rows, or the same under other conditions (threads), to a record under a name of their own."
     record = json.loads(Path(path).read_text(encoding="utf-8"))
-    record[name] = dict(step_rows(Shapes(**record["shapes"]), rows, rounds), environment=environment(), rounds=rounds)
+    found = step_rows(Shapes(**record["shapes"]), rows, rounds)
+    record[name] = dict(found, environment=environment(), rounds=rounds)
     write_json(path, record)
     return record
 
@@ -376,7 +381,8 @@ def sampling_on(shapes=FIVE_B, device="cuda", rounds=5, steps=50) -> dict:
         if which == "compiled": compile_blocks(transformer)
         @torch.no_grad()
         def go(t=transformer):
-            t(two["latents"].to(dtype), two["prompt_embeds"], two["timesteps"], image_rotary_emb=given["image_rotary_emb"])
+            t(two["latents"].to(dtype), two["prompt_embeds"], two["timesteps"],
+              image_rotary_emb=given["image_rotary_emb"])
         go()
         found[which] = steps * statistics.median(seconds(go, device) for _ in range(rounds))
         del transformer, go
