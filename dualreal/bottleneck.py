@@ -97,8 +97,8 @@ class BottleneckPair(nn.Module):
         self.form = fused_form if fused else naive_form
 
     def forward(self, x, w_identity, w_motion, reference=None, out=None, opposed=False):
-        """Tokens (B, N, d), weights (B,), reference (B|1, E) or None -> `out` plus what the site adds, (B, N, d).
-        `opposed`: what one weight gains the other loses, so that no gradient needs to flow through their sum."""
+        """Tokens (B, N, d), weights (B,), reference (B|1, E) or None -> `out` plus what the site adds.
+        `opposed`: what one weight gains the other loses; no gradient needs to flow through their sum."""
         both = (self.identity, w_identity), (self.motion, w_motion)
         parts = [(b, w.to(x.dtype)) for b, w in both if b is not None]
         away = any(b.down.weight.device != x.device for b, _ in parts)

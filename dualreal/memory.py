@@ -377,8 +377,9 @@ def plan(transformer,       # with its adapter; may be on the meta device
     for one in made:
         if one.bytes <= usable(budget, device): return one
     more = "" if eight_bit else "8-bit Adam, "
-    raise InputError(f"memory {memory}: {size.batch} x {size.height}x{size.width}x{size.frames} needs at least "
-                     f"{_gb(one.bytes)}; use {more}a smaller micro-batch or smaller videos")
+    videos = f"{size.batch} x {size.height}x{size.width}x{size.frames}"
+    raise InputError(f"memory {memory}: {videos} needs at least {_gb(one.bytes)}; use {more}"
+                     "a smaller micro-batch or smaller videos")
 
 # %% ../nbs/23_memory.ipynb
 def apply(transformer,     # with its adapter, in main memory where the plan streams
@@ -422,7 +423,8 @@ def folded(tensors:dict,  # of an adapter, published names
         site = name.removesuffix(".condition_linear.weight")
         weight, bias = (done.pop(f"{site}.condition_linear.{kind}").double() for kind in ("weight", "bias"))
         if weight.shape[1] != len(e):
-            raise InputError(f"reference of {len(e)} channels, but the adapter was made for {weight.shape[1]}")
+            made = weight.shape[1]
+            raise InputError(f"reference of {len(e)} channels, but the adapter was made for {made}")
         down, key = tensors[f"{site}.down_linear.weight"], f"{site}.down_linear.bias"
         done[key] = (tensors[key].double() + down.double() @ (weight @ e + bias)).to(tensors[key].dtype)
     return done

@@ -239,7 +239,8 @@ COMPILED = {"compiled / plain": ("compiled all", PLAIN)}
 
 def cpu_runs(shapes, dimension, wanted) -> dict: # wanted: set of "form policy"
     "name -> step, on transformers that share nothing."
-    steps = dict(ours=our_step, plain=plain_step, base=lambda t, given, _: base_step(t, given), compiled=our_step)
+    bare = lambda t, given, dimension: base_step(t, given)
+    steps = dict(ours=our_step, plain=plain_step, base=bare, compiled=our_step)
     models = {form: build(shapes, adapter=form != "base") for form in {w.split()[0] for w in wanted}}
     if "plain" in models: plainly(models["plain"])
     if "compiled" in models: compile_blocks(models["compiled"])
@@ -359,7 +360,8 @@ def plain_training(shapes=FIVE_B, device="cuda", rounds=3) -> dict:
             go = lambda t=transformer, g=given, d=dimension, s=step: (s(t, g, d), t.zero_grad())
             go()
             torch.cuda.reset_peak_memory_stats()
-            row[f"{which}_{dimension}_seconds"] = statistics.median(seconds(go, device) for _ in range(rounds))
+            times = [seconds(go, device) for _ in range(rounds)]
+            row[f"{which}_{dimension}_seconds"] = statistics.median(times)
             row[f"{which}_{dimension}_bytes"] = peak_memory(device)
         del transformer, go
         _emptied()
@@ -397,7 +399,8 @@ def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=("auto",
         cap = 1. if memory == "auto" else min(1., memory * 2**30 / total)
         torch.cuda.set_per_process_memory_fraction(cap)
         try: record["cards"].append(training_on(memory, shapes, compiled=compiled))
-        except torch.cuda.OutOfMemoryError as e: record["cards"].append(dict(memory=memory, failed=str(e)[:200]))
+        except torch.cuda.OutOfMemoryError as e:
+            record["cards"].append(dict(memory=memory, failed=str(e)[:200]))
         write_json(path, record)
         _emptied()
     torch.cuda.set_per_process_memory_fraction(1.)
