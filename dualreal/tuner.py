@@ -199,7 +199,8 @@ class Site(DualRealLayer):
             pair = self.dualreal_bottleneck[name]
             group = pair.group.to(x.device)
             weights = [w.to(x.device).index_select(1, group)[:, 0] for w in weights]  # (B,) each
-            out = out + pair(x, *weights, None if reference is None else reference.to(x.device))
+            e = None if reference is None else reference.to(x.device)
+            out = pair(x, *weights, e, out, opposed=True) # they add up to the scale
         return out
 
 # %% ../nbs/12_tuner.ipynb
