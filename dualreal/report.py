@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['LABELS', 'heading', 'read_report', 'order', 'frame', 'cells', 'tex', 'plain', 'markdown', 'latex', 'dot_plot',
-           'plane', 'write_pages']
+           'plane', 'counted', 'beside', 'verdict', 'answers', 'write_pages']
 
 # %% ../nbs/34_report.ipynb
 import base64
@@ -26,7 +26,9 @@ LABELS = dict( # metric: heading, arrow, side
     dynamic_degree_deviation_resized=("Deviation, references resized (px)", "→0", "motion"),
     dynamic_degree_reference=("References' degree (px)", "", None),
     dynamic_degree_reference_resized=("References' degree, resized (px)", "", None),
-    truth_identity=("True identity", "↑", "identity"), truth_motion=("True motion", "↑", "motion"))
+    truth_identity=("True identity", "↑", "identity"), truth_motion=("True motion", "↑", "motion"),
+    identity=("True identity", "↑", "identity"), palette=("Palette", "↑", "identity"),
+    pattern=("Pattern", "↑", "identity"), kind=("Kind", "↑", "identity"), motion=("True motion", "↑", "motion"))
 
 def heading(metric:str) -> str: # an unknown metric keeps its name
     "A metric's heading with its arrow."
@@ -138,6 +140,43 @@ def plane(summaries:dict, identity="dino_i", motion="truth_motion", title=""):
     ax.set_title(title, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     return fig
+
+# %% ../nbs/34_report.ipynb
+def counted(summaries:dict, digits=3) -> pd.DataFrame: # of strings
+    "As `cells`, and over how many cases."
+    table = cells(summaries, digits)
+    counts = [max((c["n"] for c in s.values()), default=0) for s in summaries.values()]
+    table.insert(0, "cases", [str(n) for n in counts])
+    return table
+
+def beside(paper:pd.DataFrame, # first column: row names; then metrics
+           ours:dict, # method -> summary
+           rows:dict, # method -> (title, the paper's row or None)
+           digits=3) -> pd.DataFrame: # of strings
+    "The paper's rows, each with ours below it; columns that either has."
+    printed = {row.iloc[0]: row.iloc[1:].to_dict() for _, row in paper.iterrows()}
+    table = {}
+    for method, (title, name) in rows.items():
+        if name is not None:
+            table[f"{name} (paper)"] = {m: dict(mean=v, low=v, high=v, n=1) for m, v in printed[name].items()}
+        if method in ours: table[f"{title} (ours)"] = ours[method]
+    shown = counted(table, digits)
+    shown.loc[shown.index.str.endswith("(paper)"), "cases"] = "–"
+    return shown
+
+# %% ../nbs/34_report.ipynb
+def verdict(difference:dict # mean, low, high, n
+           ) -> str:
+    "holds, does not hold, or cannot be told."
+    if difference["n"] < 2: return "cannot be told"
+    low, high = difference["low"], difference["high"]
+    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+
+def answers(claims:dict, digits=3) -> pd.DataFrame: # of strings; claims: sentence -> difference
+    "Each claim with its difference, interval, number of cases, and verdict."
+    number = lambda d: cells({"": {"difference": d}}, digits).iloc[0, 0]
+    rows = [[number(d), str(d["n"]), verdict(d)] for d in claims.values()]
+    return pd.DataFrame(rows, index=list(claims), columns=["difference", "cases", "does it hold here?"])
 
 # %% ../nbs/34_report.ipynb
 def _told(report): # list of (heading, table)
