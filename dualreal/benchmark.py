@@ -413,13 +413,13 @@ def gap(results:list, column:str, method:str, others # a method, or several
 
 # %% ../nbs/33_benchmark.ipynb
 def paper_bench(table:str, base:str="toy", # or "THUDM/CogVideoX-5b" or another: the published benchmark
-                data=None, seeds=None, steps=None) -> Bench:
+                data=None, seeds=None, steps=None, videos=None) -> Bench:
     "The benchmark behind one of the paper's tables."
     cases = None
     if base != "toy" and table != "comparison":
         cases = read_table(data_folder()/"benchmark"/"ablation_cases.csv")
     name = "toy" if base == "toy" else "published"
-    return load_bench(name, base=base, data=data, seeds=seeds, steps=steps, cases=cases)
+    return load_bench(name, base=base, data=data, seeds=seeds, steps=steps, videos=videos, cases=cases)
 
 def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # of `read_results`
     "Results of a table; `run` computes the missing ones first. Says what is missing and how to record it."
@@ -427,19 +427,21 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
     jobs = jobs_of(bench, out, [table])
     failed = run_jobs(jobs, out, workers)["failed"] if run else {}
     found = read_results(jobs, out)
-    print(missing_note(bench, table, found, len(jobs), workers))
+    print(missing_note(bench, table, found, len(jobs)))
     for path, why in failed.items(): print(f"failed: {path}: {why}")
     return found
 
-def missing_note(bench, table, found, count, workers=1) -> str: # a sentence
+def missing_note(bench, table, found, count) -> str: # a sentence
     "What is recorded, which command records the rest, and how long that takes."
     said = f"{len(found)} of {count} results are recorded"
     if len(found) == count: return f"{said}."
-    flags = dict(bench=bench.name, base=bench.base, seeds=",".join(map(str, bench.seeds)), steps=bench.steps,
-                 data=bench.data, methods=table, workers=workers)
-    command = " ".join(f"--{k} {v}" for k, v in flags.items() if v is not None)
-    if len(bench.cases) < len(load_bench(bench.name).cases):
-        command += " --cases " + ",".join(f"{c['subject']}-{c['motion']}" for c in bench.cases)
+    usual = load_bench(bench.name)
+    own = {k: v for k in ("base", "steps", "videos", "data") if (v := getattr(bench, k)) != getattr(usual, k)}
+    flags = dict(bench=bench.name, methods=table, **own)
+    if bench.seeds != usual.seeds: flags["seeds"] = ",".join(map(str, bench.seeds))
+    if len(bench.cases) < len(usual.cases):
+        flags["cases"] = ",".join(f"{c['subject']}-{c['motion']}" for c in bench.cases)
+    command = " ".join(f"--{k} {v}" for k, v in flags.items())
     long = [sum(r["seconds"].values()) / 60 for r in found if r.get("seconds")]
     each = float(np.mean(long)) if long else bench.minutes
     hours = "unknown, none was measured" if each is None else f"{each * (count - len(found)) / 60:.1f} hours"
