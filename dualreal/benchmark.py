@@ -60,7 +60,7 @@ class Bench:
     images: int = 4                   # of a toy case
     clips: int = 6
     data: str | None = None           # folder of a user's pictures and clips; None: toyworld draws them
-    minutes: float | None = None      # that a job took where it was measured, on one core
+    minutes: float | None = None      # about, of a job on one core; only told, never used
 
 # %% ../nbs/33_benchmark.ipynb
 def data_folder() -> Path:
@@ -418,8 +418,8 @@ def paper_bench(table:str, base:str="toy", # or "THUDM/CogVideoX-5b" or another:
     cases = None
     if base != "toy" and table != "comparison":
         cases = read_table(data_folder()/"benchmark"/"ablation_cases.csv")
-    name = "toy" if base == "toy" else "published"
-    return load_bench(name, base=base, data=data, seeds=seeds, steps=steps, videos=videos, cases=cases)
+    own = dict(base=base, data=data, seeds=seeds, steps=steps, videos=videos, cases=cases)
+    return load_bench("toy" if base == "toy" else "published", **own)
 
 def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # of `read_results`
     "Results of a table; `run` computes the missing ones first. Says what is missing and how to record it."
