@@ -28,7 +28,8 @@ LABELS = dict( # metric: heading, arrow, side
     dynamic_degree_reference_resized=("References' degree, resized (px)", "", None),
     truth_identity=("True identity", "↑", "identity"), truth_motion=("True motion", "↑", "motion"),
     identity=("True identity", "↑", "identity"), palette=("Palette", "↑", "identity"),
-    pattern=("Pattern", "↑", "identity"), kind=("Kind", "↑", "identity"), motion=("True motion", "↑", "motion"))
+    pattern=("Pattern", "↑", "identity"), kind=("Kind", "↑", "identity"),
+    motion=("True motion", "↑", "motion"))
 
 def heading(metric:str) -> str: # an unknown metric keeps its name
     "A metric's heading with its arrow."
