@@ -5,7 +5,8 @@
 # %% auto 0
 __all__ = ['FORMAT', 'SCORERS', 'TRUTH', 'Bench', 'data_folder', 'load_bench', 'read_table', 'base_print', 'Job', 'rates_file',
            'rates', 'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders', 'prompts_of', 'compute', 'save',
-           'run_job', 'run_jobs', 'status', 'search_lr', 'table_of', 'as_text', 'find_part', 'completeness']
+           'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'by_case', 'table_of', 'means', 'gap',
+           'paper_bench', 'recorded', 'missing_note', 'find_part', 'completeness']
 
 # %% ../nbs/33_benchmark.ipynb
 import csv
@@ -28,12 +29,14 @@ from tqdm import tqdm
 from . import metrics
 from .backbone import find_base
 from .baselines import Method, find_method, seen
-from .core import InputError, content_hash, environment, write_json
+from .core import InputError, content_hash, environment, pick_device, write_json
 from .data import load_case
-from .metrics import METRICS, macro_average
+from .encode import cache_folder
+from .evaluate import References, Results, encoder_names, score_frames
+from .metrics import METRICS, bootstrap, macro_average
 from .toyworld import HELD_OUT_SUBJECTS, write_case
 from .trainer import TrainConfig, joint_prompt
-from .video import read_image, read_video, write_video
+from .video import read_image, write_video
 
 # %% ../nbs/33_benchmark.ipynb
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Bench:
     images: int = 4                   # of a toy case
     clips: int = 6
     data: str | None = None           # folder of a user's pictures and clips; None: toyworld draws them
+    minutes: float | None = None      # about, of a job on one core; only told, never used
 
 # %% ../nbs/33_benchmark.ipynb
 def data_folder() -> Path:
@@ -153,29 +157,19 @@ def jobs_of(bench:Bench, out, methods=None, # specs or tables
 @lru_cache(maxsize=2)
 def _encoders(which):
     from dualreal.encoders import load_encoders
-    return load_encoders(which)
+    return load_encoders(which, device=pick_device())
 
 class Metrics:
-    "The seven metrics against the case's pictures and clips."
+    "The seven metrics against the case's pictures and clips; null with a reason where one is undefined."
     def __init__(self, case, info, which): # case: `Case`; info: dict(subject=, motion=)
-        from dualreal.encoders import Missing
-        self.nets = {k: n for k, n in _encoders(which).items() if not isinstance(n, Missing)}
+        self.nets, kept = _encoders(which), Results(cache_folder()/"evaluate")
         pictures = [read_image(i.path) for i in case.identity]
-        self.known = {k: self.nets[k].images(pictures) for k in ("clip_i", "dino_i") if k in self.nets}
-        clips = [read_video(i.path) for i in case.motion] if "flow" in self.nets else []
-        self.degrees = [metrics.dynamic_degree(f, fps, self.nets["flow"]) for f, fps in clips]
+        self.references = References(pictures, [i.path for i in case.motion], kept)
+        self.encoders = encoder_names(self.nets)
 
-    def __call__(self, frames, fps, prompt) -> dict: # absent: no network for it
-        nets, row = self.nets, dict(temporal_flickering=metrics.temporal_flickering(frames))
-        if clip := nets.get("clip_t"): row["clip_t"] = metrics.clip_t(clip.text(prompt), clip.images(frames))
-        for k, known in self.known.items(): row[k] = metrics.image_similarity(nets[k].images(frames), known)
-        if clip := nets.get("clip_i"):
-            row["temporal_consistency"] = metrics.temporal_consistency(clip.images(frames))
-        if "midpoint" in nets: row["motion_smoothness"] = metrics.motion_smoothness(frames, nets["midpoint"])
-        if self.degrees:
-            row["dynamic_degree"] = degree = metrics.dynamic_degree(frames, fps, nets["flow"])
-            row["dynamic_degree_deviation"] = metrics.deviation(degree, self.degrees)
-        return row
+    def __call__(self, frames, fps, prompt) -> dict: # metrics, and `why` of those that are None
+        row = score_frames(frames, fps, self.references, prompt, self.nets)
+        return {k: row[k] for k in (*METRICS, "dynamic_degree_deviation_resized", "why") if k in row}
 
 # %% ../nbs/33_benchmark.ipynb
 class ToyTruth(Metrics):
@@ -190,6 +184,7 @@ class ToyTruth(Metrics):
 
 class Pixels:
     "What needs no network: for trying things out."
+    encoders = dict(temporal_flickering="none needed")
     def __init__(self, case, info): pass
     def __call__(self, frames, fps, prompt):
         return dict(temporal_flickering=metrics.temporal_flickering(frames))
@@ -224,6 +219,7 @@ def compute(job:Job) -> dict: # the result; its videos under "kept"
         start, score = time.perf_counter(), SCORERS[job.bench.scorer](case, job.case)
         rows = [dict(score(f, run.size.fps, p), prompt=p, video=i)
                 for i, (f, p) in enumerate(zip(frames, asked))]
+        record["encoders"] = score.encoders
         seconds["score"] = time.perf_counter() - start
     return dict(record, rows=rows, seen=seen(run), config=asdict(run.config), seconds=seconds,
                 weights=None if weights is None else weights.tolist(), loss=_loss(run.log), fps=run.size.fps,
@@ -377,34 +373,79 @@ def _best(bench, out, jobs):
 # %% ../nbs/33_benchmark.ipynb
 TRUTH = ("identity", "palette", "pattern", "kind", "motion")
 
-def table_of(jobs:list, out) -> dict: # method -> column -> dict(mean=, low=, high=, n=)
-    "Means with intervals for the results that are there."
-    values = {}
-    for job in jobs:
-        path = job.path(out)
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-        for row in rows:
-            for k in (*METRICS, *TRUTH):
-                if k not in row: continue
-                case = (job.case["subject"], job.case["motion"])
-                values.setdefault(job.method, {}).setdefault(k, {}).setdefault(case, []).append(row[k])
-    return {m: {k: macro_average(cases) for k, cases in columns.items()} for m, columns in values.items()}
+def read_results(jobs:list, out) -> list: # records, in the order of the jobs
+    "The results that are there."
+    there = [(job, path) for job in jobs if (path := job.path(out)).exists()]
+    facts = lambda job, path: dict(method=job.method, case=job.case, seed=job.seed, path=str(path))
+    return [json.loads(path.read_text(encoding="utf-8")) | facts(job, path) for job, path in there]
 
-def as_text(table:dict, style:str="markdown") -> str: # style: "markdown", "latex"
-    "The table for people: mean [low, high]."
-    columns = [k for k in (*METRICS, *TRUTH) if any(k in row for row in table.values())]
-    def cell(c):
-        return "" if not c or c["mean"] is None else f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]"
-    cases = lambda row: str(max(c["n"] for c in row.values()))
-    lines = [["method", "cases", *columns]]
-    lines += [[find_method(m).title, cases(row), *(cell(row.get(k)) for k in columns)]
-              for m, row in table.items()]
-    if style == "latex":
-        body = [" & ".join(line).replace("_", r"\_") + r" \\" for line in lines]
-        head = rf"\begin{{tabular}}{{l{'r' * (len(columns) + 1)}}}"
-        return "\n".join([head, body[0], r"\hline", *body[1:], r"\end{tabular}"])
-    marked = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([marked[0], "|" + "---|" * (len(columns) + 2), *marked[1:]])
+def by_case(results:list, # of `read_results`
+            column:str) -> dict: # method -> (subject, motion) -> its videos' values
+    "One column, ready to be averaged."
+    found = {}
+    for r in results:
+        values = [row[column] for row in r["rows"] if column in row]
+        if values: found.setdefault(r["method"], {}).setdefault(tuple(r["case"].values()), []).extend(values)
+    return found
+
+def table_of(results:list) -> dict: # method -> column -> dict(mean=, low=, high=, n=)
+    "Means with intervals, as many cases as there are."
+    table = {r["method"]: {} for r in results}
+    for column in (*METRICS, *TRUTH):
+        for method, cases in by_case(results, column).items(): table[method][column] = macro_average(cases)
+    return table
+
+# %% ../nbs/33_benchmark.ipynb
+def means(results:list, column:str) -> dict: # method -> case -> how good it is: more is better
+    "A case's mean; less the size, for a deviation."
+    good = (lambda x: -abs(x)) if column.startswith("dynamic_degree_deviation") else lambda x: x
+    mean = lambda values: bootstrap(values, draws=10)["mean"]
+    found = {m: {c: mean(v) for c, v in cases.items()} for m, cases in by_case(results, column).items()}
+    return {m: {c: good(v) for c, v in cases.items() if v is not None} for m, cases in found.items()}
+
+def gap(results:list, column:str, method:str, others # a method, or several
+       ) -> dict: # mean, low, high (None without a case), n
+    "By how much `method` is better than the mean of `others`, over the cases that all of them have."
+    known, others = means(results, column), [others] if isinstance(others, str) else list(others)
+    all_of = [known.get(m, {}) for m in (method, *others)]
+    shared = set.intersection(*map(set, all_of))
+    return bootstrap([all_of[0][c] - np.mean([o[c] for o in all_of[1:]]) for c in shared])
+
+# %% ../nbs/33_benchmark.ipynb
+def paper_bench(table:str, base:str="toy", # or "THUDM/CogVideoX-5b" or another: the published benchmark
+                data=None, seeds=None, steps=None, videos=None) -> Bench:
+    "The benchmark behind one of the paper's tables."
+    cases = None
+    if base != "toy" and table != "comparison":
+        cases = read_table(data_folder()/"benchmark"/"ablation_cases.csv")
+    own = dict(base=base, data=data, seeds=seeds, steps=steps, videos=videos, cases=cases)
+    return load_bench("toy" if base == "toy" else "published", **own)
+
+def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # of `read_results`
+    "Results of a table; `run` computes the missing ones first. Says what is missing and how to record it."
+    out = Path(out or data_folder()/"results")
+    jobs = jobs_of(bench, out, [table])
+    failed = run_jobs(jobs, out, workers)["failed"] if run else {}
+    found = read_results(jobs, out)
+    print(missing_note(bench, table, found, len(jobs)))
+    for path, why in failed.items(): print(f"failed: {path}: {why}")
+    return found
+
+def missing_note(bench, table, found, count) -> str: # a sentence
+    "What is recorded, which command records the rest, and how long that takes."
+    said = f"{len(found)} of {count} results are recorded"
+    if len(found) == count: return f"{said}."
+    usual = load_bench(bench.name)
+    own = {k: v for k in ("base", "steps", "videos", "data") if (v := getattr(bench, k)) != getattr(usual, k)}
+    flags = dict(bench=bench.name, methods=table, **own)
+    if bench.seeds != usual.seeds: flags["seeds"] = ",".join(map(str, bench.seeds))
+    if len(bench.cases) < len(usual.cases):
+        flags["cases"] = ",".join(f"{c['subject']}-{c['motion']}" for c in bench.cases)
+    command = " ".join(f"--{k} {v}" for k, v in flags.items())
+    long = [sum(r["seconds"].values()) / 60 for r in found if r.get("seconds")]
+    each = float(np.mean(long)) if long else bench.minutes
+    hours = "unknown, none was measured" if each is None else f"{each * (count - len(found)) / 60:.1f} hours"
+    return f"{said}; `dualreal bench run {command}` records the others (one core: {hours}; or RUN = True)."
 
 # %% ../nbs/33_benchmark.ipynb
 def find_part(root, name:str) -> Path:

@@ -402,8 +402,14 @@ def run_bench(args):
     if args.action == "run": _bench_run(b.run_jobs(jobs, out, **how), len(jobs))
     if args.action == "status": _bench_status(b.status(jobs, out))
     if args.action == "report":
-        table = b.table_of(jobs, out)
-        print(json.dumps(table, indent=1) if args.format == "json" else b.as_text(table, args.format))
+        print(_bench_report(b.table_of(b.read_results(jobs, out)), args.format))
+
+def _bench_report(table, style):
+    from dualreal import report
+    from dualreal.baselines import find_method
+    if style == "json": return json.dumps(table, indent=1)
+    shown = report.counted({find_method(m).title: row for m, row in table.items()})
+    return report.latex(shown) if style == "latex" else report.markdown(shown, "method")
 
 def _bench_run(ended, count):
     done, failed = ended["done"], ended["failed"]

@@ -16,11 +16,11 @@ from dualreal.backbone import tiny_pipeline
 from dualreal.benchmark import (
     SCORERS,
     TRUTH,
-    as_text,
     completeness,
     data_folder,
     jobs_of,
     load_bench,
+    read_results,
     read_table,
     run_job,
     run_jobs,
@@ -32,6 +32,7 @@ from dualreal.cli import main
 from dualreal.core import InputError, write_json
 from dualreal.data import load_case
 from dualreal.metrics import METRICS
+from dualreal.report import counted, latex, markdown
 from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
 
 SMALL = ('{"reference_encoder": "none", "rank": 4, "groups": 2, "steps": 2, '
@@ -99,7 +100,7 @@ def test_changed_configurations_do_not_mix(bench, tmp_path):
     for change in (dict(steps=7), dict(prompts=("{}",)), dict(sampling=3), dict(videos=1), dict(images=3)):
         other = jobs_of(replace(bench, **change), tmp_path)
         assert not {j.path(tmp_path) for j in jobs} & {j.path(tmp_path) for j in other}, change
-        assert status(other, tmp_path)["other"] == 6 and table_of(other, tmp_path) == {}
+        assert status(other, tmp_path)["other"] == 6 and read_results(other, tmp_path) == []
     assert jobs_of(bench, tmp_path, ["lora:rank=2"])[0].key != jobs_of(bench, tmp_path, ["lora"])[0].key
 
 
@@ -119,10 +120,11 @@ def test_report_by_hand(bench, tmp_path):
     for job in jobs:
         rows = [dict(clip_t=v) for v in values[two.cases.index(job.case), job.seed]]
         write_json(job.path(tmp_path), dict(rows=rows))
-    cell = table_of(jobs, tmp_path)["lora"]["clip_t"]
+    cell = table_of(read_results(jobs, tmp_path))["lora"]["clip_t"]
     assert cell["mean"] == (2. + 15.) / 2 and cell["n"] == 2 and (cell["low"], cell["high"]) == (2., 15.)
-    assert "| LoRA, merged | 2 | 8.500 [2.000, 15.000] |" in as_text({"lora": {"clip_t": cell}})
-    assert r"LoRA, merged & 2 & 8.500 [2.000, 15.000] \\" in as_text({"lora": {"clip_t": cell}}, "latex")
+    shown = counted({"LoRA, merged": {"clip_t": cell}})
+    assert "| LoRA, merged | 2 | 8.500 [2.000, 15.000] |" in markdown(shown)
+    assert r"LoRA, merged & 2 & 8.500 [2.000, 15.000] \\" in latex(shown)
 
 
 def test_claimed_by_another(bench, tmp_path):
