@@ -91,7 +91,7 @@ def convert(notebook: Path) -> dict:
     cells = [new for cell in document["cells"] for new in convert_cell(cell)]
     if front:
         meta = yaml.safe_load("".join(front["source"]).strip().strip("-"))
-        cells.insert(0, markdown_cell(f"# {meta['title']}\n\n*{meta.get('description', '')}*"))
+        cells.insert(0, markdown_cell(f"# {meta['title']}\n\n*{rename_links(meta.get('description', ''))}*"))
     cells = [{k: v for k, v in cell.items() if k != "id"} for cell in cells]  # ids came with format 4.5
     return {**document, "cells": cells, "nbformat_minor": 4}
 
