@@ -141,6 +141,10 @@ def _generate_flags(p):
     _add(p, "reference_norm", str, "clip or published; default: as in training")
     for name, (kind, says) in _SIZES.items(): _add(p, name, kind, f"{says}; default: as in training")
     for name in ("device", "precision"): _add(p, name, *_FLAGS[name])
+    p.add_argument("--compile", action="store_true", help="compile the blocks: worth it on a GPU, for large videos")
+    p.add_argument("--offload", action="store_true", help="small cards: blocks wait in main memory; same video")
+    _add(p, "approximate", str, "NOT EXACT, faster: first-block or attention reuses results of earlier steps",
+         metavar="CACHE")
 
 # %% ../nbs/41_cli.ipynb
 def run_generate(args):
@@ -151,16 +155,18 @@ def run_generate(args):
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
     from dualreal.checkpoint import read_adapter
-    from dualreal.encode import check_writable, tile
-    from dualreal.generate import generate, sized
+    from dualreal.encode import check_writable
+    from dualreal.generate import CACHES, generate, sized
+    if args.approximate not in (None, *CACHES):
+        raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
     check_writable(out.parent, "give another --out")
     tensors, info, stored = read_adapter(args.adapter)
     pipe = _base_with_adapter(args, tensors, info)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
-    tile(pipe, size.height, size.width)
     sizes, reference = {k: getattr(size, k) for k in _SIZES}, _reference(args, info, stored)
-    made = generate(pipe, args.prompt, reference=reference, seed=args.seed, dial=args.dial, **sizes)
+    made = generate(pipe, args.prompt, *_made_ready(pipe, args, size), reference, args.seed, args.dial,
+                    args.approximate, **sizes)
     _write_generation(out, made, size.fps, _scale(pipe), adapter=args.adapter, base=args.base or info["base"])
 
 # %% ../nbs/41_cli.ipynb
@@ -187,17 +193,38 @@ def _base_with_adapter(args, tensors, info):
     if not base:
         raise InputError(f"{args.adapter}: a published file does not name its base; give --base")
     device, precision = pick_device(args.device), args.precision or info.get("training", {}).get("precision")
-    pipe = load_base(base, device=device, dtype=pick_dtype(device, precision))
+    place = "cpu" if args.offload else device
+    pipe = load_base(base, device=place, dtype=pick_dtype(device, precision))
     load_adapter(pipe.transformer, args.adapter)
     pipe.transformer.requires_grad_(False)
     return pipe
+
+def _made_ready(pipe, args, size):
+    "The prompt and the empty prompt embedded; then the text encoder leaves, being half of the 5B's memory."
+    from dualreal.core import pick_device
+    from dualreal.encode import encode_prompt, release, tile
+    from dualreal.generate import offload_blocks
+    from dualreal.memory import compile_blocks
+    device = pick_device(args.device)
+    pipe.text_encoder.to(device)
+    embeds = [encode_prompt(pipe, text, size.max_tokens) for text in (args.prompt, "")]
+    release(pipe, "text_encoder")
+    tile(pipe, size.height, size.width)
+    if args.offload:
+        pipe.vae.to(device)
+        offload_blocks(pipe, device)
+    if args.compile: compile_blocks(pipe.transformer)
+    return embeds
 
 # %% ../nbs/41_cli.ipynb
 def _reference(args, info, stored):
     "The embedding of --reference, or the stored one, or None with a note."
     if args.reference is None:
-        if stored is None: print("note: no reference in the adapter, no --reference given: condition absent")
+        if stored is None and not info.get("folded"):
+            print("note: no reference in the adapter, no --reference given: condition absent")
         return stored
+    if info.get("folded"):
+        raise InputError("--reference: this adapter is folded, its reference is built in; leave it out")
     from dualreal.backbone import load_reference_encoder
     from dualreal.video import read_image
     trained, picture = info.get("training", {}), read_image(args.reference)
@@ -292,24 +319,38 @@ def _settings(tensors, info, path):
 
 # %% ../nbs/41_cli.ipynb
 def run_convert(args):
-    "dualreal convert: between our file and the published dictionary."
-    import torch
-    from safetensors.torch import save_file
-
-    from dualreal.checkpoint import REFERENCE, read_adapter
-    from dualreal.core import atomic_path
-    target, (tensors, info, reference) = Path(args.target), read_adapter(args.source)
+    "dualreal convert: between our file and the published dictionary; --fold for one reference."
+    from dualreal.checkpoint import read_adapter
+    target, (tensors, info, stored) = Path(args.target), read_adapter(args.source)
     if target.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{target}: the target must end in .safetensors or .pth")
     if target.is_dir(): raise InputError(f"{target}: is a folder; give the name of a file")
-    info = json.dumps(dict(info, config=_settings(tensors, info, args.source)), default=str)
+    info = dict(info, config=_settings(tensors, info, args.source))
+    if args.fold: tensors, info, stored = _fold(args, tensors, info, stored)
+    elif args.reference: raise InputError("--reference is for --fold: a converted file keeps its own")
+    _write_adapter(target, tensors, info, stored)
+    print(f"wrote {target} ({target.stat().st_size/1e6:.1f} MB)")
+
+def _fold(args, tensors, info, stored):
+    "The adapter with a reference built in: the condition's weights, most of the file, are not needed then."
+    from dualreal.memory import folded
+    if info["config"]["condition_dim"] is None: raise InputError(f"{args.source}: has no condition to fold")
+    reference = _reference(args, info, stored)
+    if reference is None: raise InputError(f"{args.source}: stores no reference; give --reference IMAGE")
+    return folded(tensors, reference), dict(info, config=dict(info["config"], condition_dim=None), folded=True), None
+
+def _write_adapter(target, tensors, info, reference):
+    import torch
+    from safetensors.torch import save_file
+
+    from dualreal.checkpoint import REFERENCE
+    from dualreal.core import atomic_path
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     with atomic_path(target) as tmp:
         if target.suffix == ".pth": torch.save(tensors, tmp) # has no place for anything else
         else:
             if reference is not None: tensors[REFERENCE] = reference
-            save_file(tensors, tmp, {"format": "pt", "dualreal": info})
-    print(f"wrote {target}")
+            save_file(tensors, tmp, {"format": "pt", "dualreal": json.dumps(info, default=str)})
 
 # %% ../nbs/41_cli.ipynb
 def run_demo(args):
@@ -451,6 +492,11 @@ def _inspect_flags(p): p.add_argument("path", metavar="PATH", help="adapter file
 def _convert_flags(p):
     p.add_argument("source", metavar="IN", help="adapter file or folder")
     p.add_argument("target", metavar="OUT", help="*.safetensors or *.pth (published dictionary)")
+    p.add_argument("--fold", action="store_true", help="build the reference in: exact, a fifth of the 5B's file")
+    _add(p, "reference", str, "for --fold: picture of the subject; default: stored in IN", metavar="IMAGE")
+    _add(p, "base", str, "for --reference: default: the base that IN names")
+    _add(p, "reference_encoder", str, "for --reference: a path or a Hub id; default: as in training")
+    _add(p, "reference_norm", str, "clip or published; default: as in training")
 
 # %% ../nbs/41_cli.ipynb
 _COMMANDS = [(run_demo, _demo_flags), (run_check, _check_flags), (run_train, _train_flags),

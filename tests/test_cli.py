@@ -270,6 +270,36 @@ def generate(trained, out, *more):
             "--steps", "2", *map(str, more)]
 
 
+def frames_of(run, out, *more):
+    assert main(generate(run, out, *more)) == 0
+    return read_video(out)[0].astype(int)
+
+
+def test_generate_for_small_cards(trained, tmp_path):
+    "Offloaded blocks and a reference built in make the same video; what is approximate says so."
+    exact = frames_of(trained, tmp_path / "exact.mp4")
+    assert np.array_equal(frames_of(trained, tmp_path / "offloaded.mp4", "--offload"), exact)
+    assert main(["convert", str(trained), str(tmp_path / "folded.pth"), "--fold"]) == 0
+    folded = frames_of(tmp_path / "folded.pth", tmp_path / "folded.mp4", "--base", "toy")
+    assert np.abs(folded - exact).mean() < .5
+    frames_of(trained, tmp_path / "fast.mp4", "--approximate", "first-block")
+    assert json.loads((tmp_path / "fast.mp4.json").read_text())["approximate_cache"] == "first-block"
+
+
+def test_folding_needs_what_it_builds_in(trained, home, tmp_path, capsys):
+    bare, again = tmp_path / "bare.pth", tmp_path / "b.safetensors"
+    own = "--reference", str(home / "case/identity/images/00.png"), "--base", "toy"
+    def fold(source, *more): return complaint(capsys, 2, "convert", source, again, *more)
+    assert "--reference is for --fold" in fold(trained, *own)
+    assert main(["convert", str(trained), str(bare)]) == 0
+    assert "stores no reference; give --reference" in fold(bare, "--fold")
+    assert main(["convert", str(bare), str(again), "--fold", *own]) == 0
+    assert "no condition to fold" in fold(again, "--fold")
+    assert "reference is built in" in complaint(capsys, 2, *generate(again, tmp_path / "a.mp4", *own))
+    wrong = generate(trained, tmp_path / "a.mp4", "--approximate", "x")
+    assert "use one of first-block" in complaint(capsys, 2, *wrong)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
 def test_generate(trained, tmp_path, suffix):
     out = tmp_path / f"video{suffix}"
