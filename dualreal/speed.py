@@ -270,10 +270,10 @@ def cpu_runs(shapes, dimension, wanted) -> dict: # wanted: set of "form policy"
         return go
     return {w: run(*w.split()) for w in sorted(wanted)}
 
-def step_rows(shapes:Shapes, rows=ROWS, rounds=5) -> dict:
+def step_rows(shapes:Shapes, rows=ROWS, rounds=5, dimensions=("motion", "identity")) -> dict:
     "Ratios of step times on the CPU, with the medians and the spread behind them."
     ratios, medians = {}, {}
-    for dimension in ("motion", "identity"):
+    for dimension in dimensions:
         found = alternate(cpu_runs(shapes, dimension, {w for pair in rows.values() for w in pair}), rounds)
         ratios |= {f"{dimension}: {name}": round(ratio(found, *pair), 3) for name, pair in rows.items()}
         shown = lambda t: [round(f(t), 3) for f in (statistics.median, min, max)]
@@ -340,10 +340,10 @@ def record_cpu(path="data/results/speed/cpu.json", shapes=Shapes(), rounds=5) ->
 
 _HOW = "processor seconds (median, least, most), alternating in one process; ratios of medians"
 
-def record_more(name:str, rows=COMPILED, path="data/results/speed/cpu.json", rounds=5) -> dict:
-    "Add other rows, or the same under other conditions (threads), to a record under a name of their own."
+def record_more(name:str, rows=COMPILED, path="data/results/speed/cpu.json", rounds=5, **how) -> dict:
+    "Add other rows, or the same under other conditions, to a record under a name of their own."
     record = json.loads(Path(path).read_text(encoding="utf-8"))
-    found = step_rows(Shapes(**record["shapes"]), rows, rounds)
+    found = step_rows(Shapes(**record["shapes"]), rows, rounds, **how)
     record[name] = dict(found, environment=environment(), rounds=rounds)
     write_json(path, record)
     return record
