@@ -1,6 +1,6 @@
 """`dualreal card`: what a stranger reads beside an adapter, and what is never overwritten."""
 import json
-import subprocess
+import shlex
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ EVIL = 'cat * <script>alert(1)</script> ``` | ![x](http://e.vil/x.png) "---'
 def run(tmp_path):
     transformer = tiny_transformer()
     transformer.add_adapter(DualRealConfig(rank=2, groups=2, condition_dim=None))
-    facts = dict(base="/home/me/secret-place/mine", subject=EVIL, motion="a creature is swinging", steps_done=5)
+    facts = dict(base="/home/me/secret-place/mine", subject=EVIL, motion="a creature is swinging")
     save_adapter(transformer, tmp_path / "run", metadata=facts)
     write_video(tmp_path / "run/samples/00.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)
     write_json(tmp_path / "run/samples/00.json", dict(prompt=EVIL))
@@ -55,7 +55,8 @@ def test_captions_stay_text(run):
     text = card(run)
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(parsed(text)[1])
     assert "<script" not in html and html.count("<img") == 1 and 'src="card-samples/00.gif"' in html
-    assert "alert(1)" in html and "e.vil" not in "".join(part.split('"')[0] for part in html.split('href="')[1:])
+    links = [part.split('"')[0] for part in html.split('href="')[1:]]
+    assert "alert(1)" in html and not [link for link in links if "e.vil" in link]
     assert "secret-place" not in text and "<code>mine</code>" in html
 
 
@@ -63,12 +64,11 @@ def test_commands_of_the_card_parse(run):
     "The shell gets the prompt back as it was."
     block = card(run).split("sh\n", 1)[1].split("\n`", 1)[0]
     line = next(x for x in block.split("\n") if x.startswith("dualreal "))
-    done = subprocess.run(["bash", "-c", line.replace("dualreal", "printf '%s\\n'", 1)], capture_output=True, text=True)
-    assert EVIL in done.stdout.split("\n")
+    assert shlex.split(line)[5] == EVIL
 
 
 def test_scores_are_quoted(run):
-    rows = dict(clip_i=dict(mean=.71234, low=.7, high=.72, n=4), clip_t=dict(mean=None, low=None, high=None, n=0))
+    rows = dict(clip_i=dict(mean=.71234, low=.7, high=.72, n=4), clip_t=dict(mean=None, n=0))
     write_json(run / "scores/report.json", dict(summary=rows, encoders=dict(clip_i="toy clip")))
     head, body = parsed(card(run))
     metrics = head["model-index"][0]["results"][0]["metrics"]
