@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['SIDE', 'RATE', 'code', 'literal', 'samples_of', 'write_gif', 'prompt_of', 'shown_base', 'results', 'front_matter',
            'use_section', 'facts_section', 'scores_section', 'samples_section', 'rights_section', 'marked',
-           'check_ours', 'report_of', 'write_card', 'upload_command']
+           'check_ours', 'report_of', 'write_card', 'card_text', 'upload_command']
 
 # %% ../nbs/36_card.ipynb
 import hashlib
@@ -67,8 +67,8 @@ def shown_base(info:dict) -> tuple[str, str | None]: # info: an adapter's metada
 def results(report:dict|None) -> list[EvalResult]:
     "The report's means in the Hub's form."
     rows = (report or {}).get("summary", {})
-    return [EvalResult("text-to-video", "custom", "the adapter's own case", name, round(rows[name]["mean"], 4),
-                       metric_name=heading(name))
+    where = ("text-to-video", "custom", "the adapter's own case")
+    return [EvalResult(*where, name, round(rows[name]["mean"], 4), metric_name=heading(name))
             for name in order({"": rows}) if rows[name]["n"]]
 
 def front_matter(title:str, info:dict, licence:str, report:dict|None, widget:list) -> str: # widget: samples
@@ -136,16 +136,17 @@ def samples_section(samples:list) -> str: # of (path in the repository, prompt)
 # %% ../nbs/36_card.ipynb
 _RIGHTS = """## Licence and consent
 
-- Licence of this adapter: {licence}. The licence of the base model stays in force for every video made with it.
-- This adapter is a likeness. Whoever shares it answers for the consent of everyone who can be recognised in the
-  photos, and for the right to use the photos and clips. Nothing in this card shows that it was given.
+- Licence of this adapter: {licence}. The base model's licence stays in force for every video made with it.
+- This adapter is a likeness. Whoever shares it answers for the consent of everyone who can be recognised in
+  the photos, and for the right to use the photos and clips. Nothing in this card shows that it was given.
 - {reference}
-- Say that a video is generated wherever it could be taken for a recording; do not use it to deceive or to harass.
+- Say that a video is generated wherever it could be taken for a recording; do not use it to deceive or to
+  harass.
 
 ## Citation
 
-The method is that of *DualReal: Adaptive Joint Training for Lossless Identity-Motion Fusion in Video Customization*
-(Wang, Huang, Tu and Mao, ICCV 2025, [arXiv:2505.02192](https://arxiv.org/abs/2505.02192)).
+The method is that of *DualReal: Adaptive Joint Training for Lossless Identity-Motion Fusion in Video
+Customization* (Wang, Huang, Tu and Mao, ICCV 2025, [arXiv:2505.02192](https://arxiv.org/abs/2505.02192)).
 """
 _HOLDS = "The file holds the captions{}; no pixels of the photos or clips."
 
@@ -194,24 +195,31 @@ def write_card(path,                   # a run's folder, or an adapter file
               ) -> Path:               # the card
     "Write README.md and card-samples/*.gif beside the adapter."
     adapter = find_adapter(path)
-    folder, (tensors, info, reference) = adapter.parent, read_adapter(adapter)
+    folder, read = adapter.parent, read_adapter(adapter)
     check_ours(folder/"README.md")
-    scores, videos = report_of(folder, report), samples_of(folder)[:count]
-    samples = [(write_gif(v, folder/"card-samples"/f"{i:02d}.gif").relative_to(folder).as_posix(), prompt_of(v))
-               for i, v in enumerate(videos)]
+    scores, samples = report_of(folder, report), []
+    for i, video in enumerate(samples_of(folder)[:count]):
+        gif = write_gif(video, folder/"card-samples"/f"{i:02d}.gif")
+        samples.append((f"card-samples/{gif.name}", prompt_of(video)))
+    with atomic_path(folder/"README.md") as tmp:
+        text = card_text(adapter.stem, *read, scores, samples, licence, repo)
+        tmp.write_text(marked(text), encoding="utf-8")
+    return folder/"README.md"
+
+def card_text(name:str, # where there are no words
+              tensors, info, reference, scores, samples, licence, repo) -> str:
+    "All sections."
     words = (info.get("subject"), info.get("motion"))
-    title = " + ".join(str(w) for w in words if w) or adapter.stem
+    title = " + ".join(str(w) for w in words if w) or name
     widget = [dict(text=p or "–", output=dict(url=url)) for url, p in samples]
-    prompt = next((p for _, p in samples if p), title)
+    prompt, base = next((p for _, p in samples if p), title), code(shown_base(info)[0])
     parts = (front_matter(title, info, licence, scores, widget), f"# {literal(title)}\n",
-             f"A DualReal adapter for {code(shown_base(info)[0])}: one subject and one motion, learnt together.\n",
+             f"A DualReal adapter for {base}: a subject and a motion, learnt together.\n",
              samples_section(samples), use_section(repo, info, prompt), facts_section(tensors, info),
              scores_section(scores), rights_section(licence, reference))
-    with atomic_path(folder/"README.md") as tmp:
-        tmp.write_text(marked("\n".join(filter(None, parts))), encoding="utf-8")
-    return folder/"README.md"
+    return "\n".join(filter(None, parts))
 
 def upload_command(card:Path, adapter:Path, repo:str="USER/NAME") -> str: # card: of `write_card`
     "The Hub's own command, for the card, the adapter and the samples only."
-    only = ["README.md", adapter.name, "card-samples/*"]
-    return shlex.join(["hf", "upload", repo, str(card.parent), "."] + [a for o in only for a in ("--include", o)])
+    only = [f"--include={name}" for name in ("README.md", adapter.name, "card-samples/*")]
+    return shlex.join(["hf", "upload", repo, str(card.parent), ".", *only])

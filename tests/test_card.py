@@ -44,7 +44,7 @@ def test_front_matter_and_upload(run, capsys):
     assert head["widget"] == [dict(text=EVIL, output=dict(url="card-samples/00.gif"))]
     assert "model-index" not in head and "Not measured" in body
     said = capsys.readouterr().out
-    assert f"hf upload me/cat {run} . --include README.md --include adapter.safetensors" in said
+    assert f"hf upload me/cat {run} . --include=README.md --include=adapter.safetensors" in said
     assert (run / "card-samples/00.gif").read_bytes()[:3] == b"GIF"
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
 

@@ -1,8 +1,8 @@
-"""Every `dualreal …` command of README.md and the site's pages, read from their text: run, or listed with a reason.
+"""Every `dualreal …` command of README.md and the site's pages, read from the text: run, or not for a reason.
 
-The texts are for a reader with time; here a command is shortened by `SHORTER` (flags added at its end, where the last one
-counts) and `INSTEAD` (what is replaced), and runs in a folder of drawn files. Commands whose line holds a key of `NOT_RUN`
-are only parsed. Inline code may be cut short with `…`, and may name a command without its flags: it is parsed as far as it goes.
+The texts are for a reader with time; here a command is shortened by `SHORTER` (flags added at its end, where
+the last one counts) and `INSTEAD` (what is replaced), and runs in a folder of drawn files. Commands with a key
+of `NOT_RUN` are only parsed. Inline code may be cut short with `…`: its command and its flags must exist.
 """
 import json
 import re
@@ -16,13 +16,13 @@ from dualreal.core import write_json
 from dualreal.toyworld import write_case
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORTER = dict(train="--steps 2 --samples 0", generate="--steps 2", evaluate="--encoders toy", demo="--steps 2")
+SHORTER = dict(train="--steps 2 --samples 0", generate="--steps 2", evaluate="--encoders toy")
 INSTEAD = {"--base THUDM/CogVideoX-5b": "--base toy",   # 21 GB of weights, and a GPU
            "--workers 4": "--workers 1"}
 NOT_RUN = {"--ray": "needs Ray, and a cluster"}
-MINE = dict(name="mine", base="toy", scorer="pixels", prompts=["{}"], videos=1, seeds=[0], steps=1, sampling=2,
-            images=2, clips=2, search=[], tables=dict(comparison=["dualreal"]), objective=["temporal_flickering"],
-            cases=[dict(subject="teal_cat", motion="swinging")])
+MINE = dict(name="mine", base="toy", scorer="pixels", prompts=["{}"], videos=1, seeds=[0], images=2, clips=2,
+            steps=1, sampling=2, search=[], objective=["temporal_flickering"],
+            tables=dict(comparison=["dualreal"]), cases=[dict(subject="teal_cat", motion="swinging")])
 
 
 def text_of(path: Path) -> str:
@@ -111,7 +111,8 @@ def test_reasons_are_used():
 def test_python_of_the_readme_runs(home):
     "The block under 'In Python', with two steps of training and of denoising."
     block = re.search(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.S)[1]
-    short = block.replace('out="case/run"', 'out="case/run", steps=2, samples=0').replace("seed=1)", "seed=1, steps=2)")
+    short = block.replace('out="case/run"', 'out="case/run", steps=2, samples=0')
+    short = short.replace("seed=1)", "seed=1, steps=2)")
     assert short.count("steps=2") == 2
     exec(short, {})
     assert (home / "ghost.mp4").is_file()

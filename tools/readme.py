@@ -22,7 +22,8 @@ def cell_text(cell: dict) -> str:
     lines = source.split("\n")
     directives = [line for line in lines if line.startswith("#|")]
     if any(re.match(r"#\|\s*(hide|include:\s*false|echo:\s*false)\s*$", d) for d in directives):
-        return "\n".join("".join(o["data"].get("text/markdown", "")) for o in cell["outputs"] if "data" in o).strip()
+        shown = (o.get("data", {}).get("text/markdown", "") for o in cell["outputs"])
+        return "\n".join("".join(text) for text in shown).strip()
     return "\n".join(["```python", *(line for line in lines if line not in directives), "```"])
 
 
