@@ -1,8 +1,8 @@
 """Every `dualreal …` command of README.md and the site's pages, read from the text: run, or not for a reason.
 
 The texts are for a reader with time; here a command is shortened by `SHORTER` (flags added at its end, where
-the last one counts) and `INSTEAD` (what is replaced), and runs in a folder of drawn files. Commands with a key
-of `NOT_RUN` are only parsed. Inline code may be cut short with `…`: its command and its flags must exist.
+the last one counts) and `INSTEAD` (what is replaced), and runs in a folder of drawn files. Commands with a
+key of `NOT_RUN` are only parsed. Inline code may be cut short with `…`: its command and flags must exist.
 """
 import json
 import re
