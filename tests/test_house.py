@@ -1,11 +1,17 @@
-"""Lists that must agree with the files they name."""
+"""Lists that must agree with the files they name, and what every page owes its readers."""
+import json
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from dualreal.core import COLOURS
+
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/"nbs").rglob("[0-9i]*.ipynb"))
 
 
 def pages(contents) -> list[str]:
@@ -33,6 +39,25 @@ def test_exported_lines_fit_the_page():
         first = next(i for i, line in enumerate(lines) if line.startswith("# %% ../"))
         wide += [f"{module.name}:{i+1}" for i, line in enumerate(lines) if i > first and len(line) > 110]
     assert not wide, f"over 110 characters: {', '.join(wide)}"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_every_picture_says_what_it_shows(page):
+    "`fig-alt` above a cell that draws, words in the brackets of a Markdown picture."
+    silent = []
+    for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            silent += re.findall(r"!\[\s*\]\([^)]*\)|<img(?![^>]* alt=)[^>]*>", text)
+        elif any(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {})):
+            if not re.search(r"^#\| fig-alt: \w.*", text, re.M): silent.append(text[-80:])
+    assert not silent
+
+
+def test_colours_have_one_place():
+    "Identity and motion look the same everywhere because no page spells their colours out."
+    spelled = re.compile("|".join(COLOURS.values()), re.I)
+    assert [p.stem for p in NOTEBOOKS if spelled.search(p.read_text(encoding="utf-8"))] == ["00_core"]
 
 
 def test_requirements_survive_splitting():

@@ -16,12 +16,14 @@ def from_root(markdown: str) -> str:
 
 
 def cell_text(cell: dict) -> str:
-    "One cell as Markdown; nbdev's directives dropped, hidden cells empty."
+    "One cell as Markdown; nbdev's directives dropped, of hidden cells only the Markdown they show."
     source = "".join(cell["source"]).strip()
     if cell["cell_type"] == "markdown": return from_root(source)
     lines = source.split("\n")
     directives = [line for line in lines if line.startswith("#|")]
-    if any(re.match(r"#\|\s*(hide|include:\s*false|echo:\s*false)\s*$", d) for d in directives): return ""
+    if any(re.match(r"#\|\s*(hide|include:\s*false|echo:\s*false)\s*$", d) for d in directives):
+        shown = (o.get("data", {}).get("text/markdown", "") for o in cell["outputs"])
+        return "\n".join("".join(text) for text in shown).strip()
     return "\n".join(["```python", *(line for line in lines if line not in directives), "```"])
 
 
