@@ -43,7 +43,7 @@ def _fail(message, status):
 # %% ../nbs/41_cli.ipynb
 _KNOWN = {
     ("out of memory", "can't allocate memory", "MemoryError"):
-        "out of memory: try --micro-batch 1, --gradient-checkpointing, fewer --frames or smaller ones"}
+        "out of memory: try --memory auto (train), --micro-batch 1, fewer --frames or smaller ones"}
 
 _AGAIN = "train --resume; other commands: again"
 
@@ -53,6 +53,7 @@ def _sentence(e):
     if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in said:
         where = getattr(e, "filename", None) or "writing failed"
         return f"{where}: the disk is full; nothing saved before is lost: make room, then continue ({_AGAIN})"
+    if "try --" in said: return str(e) # advice already
     return next((advice for signs, advice in _KNOWN.items() if any(sign in said for sign in signs)), said)
 
 def _quiet():
@@ -76,6 +77,7 @@ _FLAGS = dict(
     trackers=(str, "tensorboard, wandb, or none (default: tensorboard, where it is installed)"),
     preview_every=(int, "steps between preview videos (default: none)"),
     samples=(int, "videos made at the end (default: 4)"),
+    memory=(str, "auto, 80, 40, 24, 16, 12 or other GB: plan the steps for it, same results"),
     reference_encoder=(str, "a path, a Hub id, or none"),
     reference_norm=(str, "clip, or published: as public checkpoints were trained"),
     rank=(int, "width of the bottlenecks"), groups=(int, "groups of blocks with weights of their own"),
@@ -86,6 +88,8 @@ _FLAGS = dict(
     lr=(float, "learning rate"), weight_decay=(float, "of AdamW"),
     warmup=(int, "steps (default: a fifth of all, at most 200)"), clip=(float, "largest gradient norm"),
     height=(int, "of the frames, in pixels"), width=(int, "likewise"), frames=(int, "at most, per clip"),
+    fps=(float, "take clips' frames at this rate (default: every frame)"),
+    fit=(str, "crop (default) or pad: what becomes of pictures of other proportions"),
     device=(str, "cpu, cuda, cuda:1, mps"), precision=(str, "of the frozen base: float32, bfloat16, float16"),
     cache=(str, "folder of encoded results (default: ~/.cache/dualreal)"))
 
@@ -106,6 +110,10 @@ def _train_flags(p):
     p.add_argument("--no-controller", dest="controller", action="store_false", help="fixed weights")
     p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                    help="less memory, more time (default: on a GPU)")
+    p.add_argument("--eight-bit", action="store_true", help="Adam's states in eight bits (bitsandbytes)")
+    p.add_argument("--fp8", action="store_true", help="APPROXIMATE: frozen weights in eight bits")
+    _add(p, "score_previews", str, "measure previews and mark the best step; toy or published networks "
+         "(default: those of the base)", nargs="?", const="auto", choices=("toy", "published"), metavar="SET")
 
 def _case_flags(p):
     _add(p, "identity", str, "folder of images of the subject", metavar="DIR", required=True)
@@ -120,10 +128,32 @@ def run_train(args):
     if check_out(config.out, config.resume):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
-    path = train(config)
+    path = train(config, score=_preview_scorer(args, config) if args.score_previews else None)
     if os.environ.get("RANK", "0") != "0": return # of several processes, one reports
     print(f"adapter        {path}\ncontact sheet  {path.parent/'contact_sheet.png'}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
+    _say_best(path.parent)
+
+def _preview_scorer(args, config):
+    "The callback that measures previews."
+    if not config.preview_every:
+        raise InputError("--score-previews: say how often with --preview-every N, such as a tenth of the steps")
+    from dualreal.core import pick_device
+    from dualreal.evaluate import preview_scorer
+    which = args.score_previews if args.score_previews != "auto" else \
+        "toy" if config.base == "toy" else "published"
+    return preview_scorer(which, "cpu" if config.memory else pick_device(config.device)) # planned: not spare
+
+def _say_best(out):
+    "Which preview was best and how to use its adapter."
+    run = json.loads((out/"run.json").read_text(encoding="utf-8"))
+    if not run.get("scores"): return
+    best, where = run["best"], f"trade-off      {out/'tradeoff.png'}"
+    if best is None: return print(f"{where}\nbest step      none: no preview has both identity and motion")
+    numbers, prompt = ", ".join(f"{k} {best[k]:.2f}" for k in ("identity", "motion")), run["words"]["prompts"][0]
+    folder = out/"previews"/f"step-{best['step']}"
+    print(f"{where}\nbest step      {best['step']} of {run['config']['steps']} ({numbers}); to use it:\n"
+          f'  dualreal generate --adapter {folder} --prompt "{prompt}" --out video.mp4')
 
 # %% ../nbs/41_cli.ipynb
 _SIZES = dict(height=(int, "pixels"), width=(int, "pixels"), frames=(int, "8k+1: 1, 9, 17, ..."),
@@ -279,18 +309,22 @@ def run_check(args):
 
     from dualreal.backbone import base_size, find_sizes
     from dualreal.data import case_sheet, check_case, format_report, load_case
+    from dualreal.video import FITS
     case = load_case(args.identity, args.motion, args.identity_prompt, args.motion_prompt)
     folder = find_sizes(args.base)
     base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
     size = [getattr(args, k) or getattr(base, k) for k in ("height", "width", "frames")]
-    if min(size) < 1: raise InputError("--height, --width and --frames: give positive numbers")
+    how = dict(fps=args.fps, fit=args.fit or "crop")
+    if min(size) < 1 or not (args.fps is None or args.fps > 0):
+        raise InputError("--height, --width, --frames and --fps: give positive numbers")
+    if how["fit"] not in FITS: raise InputError(f"--fit {args.fit}: give {' or '.join(FITS)}")
     if args.sheet and not args.sheet.lower().endswith((".png", ".jpg")):
         raise InputError(f"{args.sheet}: --sheet must end in .png or .jpg")
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
-    report = check_case(case, *size, tokens)
+    report = check_case(case, *size, tokens, **how)
     report["base"]["name"] = args.base
     print(json.dumps(report, indent=1, default=str) if args.json else format_report(report))
-    if args.sheet: case_sheet(case, *size, args.sheet)
+    if args.sheet: case_sheet(case, *size, args.sheet, **how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
 
@@ -499,7 +533,7 @@ def _check_flags(p):
     _case_flags(p)
     _add(p, "base", str, _FLAGS["base"][1], default="toy")
     for name in ("identity_prompt", "motion_prompt"): _add(p, name, *_FLAGS[name])
-    for name in ("height", "width", "frames"): _add(p, name, *_FLAGS[name])
+    for name in ("height", "width", "frames", "fps", "fit"): _add(p, name, *_FLAGS[name])
     _add(p, "sheet", str, "also write a picture of what training will see", metavar="FILE.png")
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 

@@ -8,6 +8,7 @@ __all__ = ['EXAMPLES', 'MIN_CLIP', 'LEVELS', 'Item', 'Case', 'identity_files', '
            'case_sheet']
 
 # %% ../nbs/03_data.ipynb
+import math
 import os
 import re
 from collections import Counter
@@ -275,16 +276,21 @@ def load_case(identity: str | Path,  # folder of the subject's images
 MIN_CLIP = 5  # frames: the smallest 4k + 1 that holds motion
 
 
-def _source_frames(item: Item, max_frames: int
-                   ) -> tuple[np.ndarray, float | None]:  # uint8 (F, H, W, 3) in its own size, their rate
+def _source_frames(item: Item,
+                   max_frames: int,
+                   fps: float | None = None  # take a clip's frames at this rate
+                   ) -> tuple[np.ndarray, float | None]:  # uint8 (F, H, W, 3) in its own size, the clip's rate
     "The frames of an item that are used."
     if item.kind == "image":
         return first_frame(item)[None], None
-    frames, fps = video.read_video(item.path, max(max_frames, MIN_CLIP))
+    own, most = video.clip_facts(item.path).fps, max(max_frames, MIN_CLIP)
+    step = max(own / fps, 1) if fps else 1
+    frames = video.read_video(item.path, math.floor((most - 1) * step + 1e-6) + 1)[0]
+    frames = video.sample_frames(frames, own, most, fps)
     if len(frames) < MIN_CLIP:
-        has = f"{len(frames)} frame{'s' * (len(frames) > 1)}"
+        has = f"{len(frames)} frame{'s' * (len(frames) > 1)}" + (f" at {fps:g} a second" if step > 1 else "")
         raise InputError(f"{item.path} has {has}: a motion clip needs at least {MIN_CLIP} to show motion.")
-    return frames[: video.usable_frames(len(frames), max_frames)], fps
+    return frames[: video.usable_frames(len(frames), max_frames)], own
 
 
 def first_frame(item: Item) -> np.ndarray:  # uint8 (H, W, 3), uncropped, in its own size
@@ -296,10 +302,12 @@ def first_frame(item: Item) -> np.ndarray:  # uint8 (H, W, 3), uncropped, in its
 def read_item(item: Item,
               height: int,  # pixels
               width: int,  # pixels
-              max_frames: int  # at most; a clip gives its first 4k + 1 frames, an image gives 1
+              max_frames: int,  # at most; a clip gives its first 4k + 1 frames, an image gives 1
+              fps: float | None = None,  # take a clip's frames at this rate; None: all of them
+              fit: str = "crop"  # or "pad"
               ) -> np.ndarray:  # uint8 (F, height, width, 3)
-    "Decode, scale and crop one item; `InputError` names it if it cannot be used."
-    return video.resize_crop(_source_frames(item, max_frames)[0], height, width)
+    "Decode, scale and crop (or pad) one item; `InputError` names it if it cannot be used."
+    return video.FITS[fit](_source_frames(item, max_frames, fps)[0], height, width)
 
 # %% ../nbs/03_data.ipynb
 LEVELS = ("error", "warning", "note")  # of findings, worst first
@@ -307,7 +315,8 @@ LEVELS = ("error", "warning", "note")  # of findings, worst first
 
 def _measure(item: Item,
              frames: np.ndarray,  # uint8 (F, H, W, 3), of `_source_frames`
-             fps: float | None) -> dict:  # JSON-able row of the report
+             fps: float | None  # its rate
+             ) -> dict:  # JSON-able row of the report
     "Size, rate and length of an item."
     height, width = frames.shape[1:3]
     photo = item.path.suffix.lower() in video.IMAGE_SUFFIXES
@@ -339,30 +348,53 @@ def moving_share(frames: np.ndarray  # uint8 (F, H, W, 3)
     return float((grey.max(0) - grey.min(0) > 12).mean())
 
 # %% ../nbs/03_data.ipynb
-def _about_item(row: dict,  # of `_measure`
+def _aim(height, width, max_frames, fps, fit) -> dict:
+    "What training will make of every item."
+    return dict(height=height, width=width, frames=video.usable_frames(max_frames, max_frames), fps=fps, fit=fit)
+
+
+def _about_size(row: dict,  # of `_measure`
                 kind: str,  # "image" or "video"
-                height: int,
-                width: int,
-                max_frames: int) -> list[dict]:  # findings
-    "What may cost quality in one image or clip."
-    h, w, full = row["height"], row["width"], video.usable_frames(max_frames, max_frames)
-    scale, kept = max(height / h, width / w), min(w / h, width / height) / max(w / h, width / height)
-    found = []
+                aim: dict) -> list[tuple]:  # level, text, fix
+    "What scaling, cropping or padding may cost."
+    height, width, h, w = aim["height"], aim["width"], row["height"], row["width"]
+    scale, kept = (height / h, width / w), min(w / h, width / height) / max(w / h, width / height)
+    scale, found = min(scale) if aim["fit"] == "pad" else max(scale), []
     if scale > 1.5:
         level = "warning" if kind == "image" else "note"
         found.append((level, f"{w}x{h} is enlarged {scale:.1f} times.", "use the original, larger file"))
-    if kept < 0.6:
+    if kept < 0.6 and aim["fit"] == "crop":
         text = f"{w}x{h} is cropped to {width}x{height}: only {kept:.0%} of it stays."
-        found.append(("warning", text, "crop it around the subject, or choose another --height and --width"))
+        fix = "crop it around the subject, give --fit pad, or choose another --height and --width"
+        found.append(("warning", text, fix))
+    if kept < 0.6 and aim["fit"] == "pad":
+        text = f"{w}x{h} is padded to {width}x{height}: it fills {kept:.0%} of that, its edges the rest."
+        found.append(("warning", text, "give --fit crop, or choose another --height and --width"))
+    return found
+
+
+def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, text, fix
+    "What taking some of the frames may cost."
+    found, full, rate = [], aim["frames"], aim["fps"]
+    thinned = rate and row["fps"] and rate < row["fps"]
+    there = math.ceil(row["frames"] * rate / row["fps"] - 1e-6) if thinned else row["frames"]
     if kind == "image" and row["frames"] > 1:
         text = f"Only the first of {row['frames']} frames is used."
         found.append(("note", text, "save the best frame as an image"))
     if kind == "video" and row["used"] < full:
         text = f"Short clip: {row['used']} of {full} frames are filled."
-        found.append(("warning", text, f"use a clip of {full} frames or more"))
-    if kind == "video" and (cut := min(row["frames"], full) - row["used"]):
+        fix = f"use a clip of {full} frames or more"
+        if thinned: fix = f"use a clip of {full / rate:.3g} seconds or more, or a higher --fps"
+        found.append(("warning", text, fix))
+    if kind == "video" and (cut := min(there, full) - row["used"]):
         text = f"{row['used'] + cut} frames, of which {row['used']} are used: the base takes 4k+1."
         found.append(("note", text, "nothing, if the end may go"))
+    return found
+
+
+def _about_item(row: dict, kind: str, aim: dict) -> list[dict]:  # findings
+    "What may cost quality in one image or clip."
+    found = _about_size(row, kind, aim) + _about_length(row, kind, aim)
     return [_finding(level, text, fix, row["path"]) for level, text, fix in found]
 
 # %% ../nbs/03_data.ipynb
@@ -425,47 +457,49 @@ def _about_case(case: Case,
     return [_finding(*one) for one in found]
 
 # %% ../nbs/03_data.ipynb
-def _about_clips(rows: list[dict]  # of motion clips
+def _about_clips(rows: list[dict],  # of motion clips
+                 fps: float | None  # the rate asked for
                  ) -> list[dict]:  # findings
     "What the clips do not have in common."
-    rates = sorted({row["fps"] for row in rows})
+    own = [row["fps"] for row in rows]
+    rates = sorted({min(rate, fps or rate) for rate in own})
     if len(rates) < 2 or rates[-1] < 1.2 * rates[0]: return []
     text = f"Clips of {rates[0]:g} to {rates[-1]:g} frames a second: the motion is seen at different speeds."
-    return [_finding("note", text, "convert them to one rate")]
+    return [_finding("note", text, f"give --fps {rates[0]:g}, the slowest of them")]
 
 
-def _read_all(case: Case,
-              height: int,
-              width: int,
-              max_frames: int) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
+def _read_all(case: Case, aim: dict) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
     "Read every item; one that cannot be used becomes an error among the findings."
     rows, looks, findings = dict(identity=[], motion=[]), dict(identity=[], motion=[]), []
     jobs = [("identity", item) for item in case.identity] + [("motion", item) for item in case.motion]
     for role, item in tqdm(jobs, desc="reading", leave=False, disable=None):
         try:
-            frames, fps = _source_frames(item, max_frames)
+            frames, fps = _source_frames(item, aim["frames"], aim["fps"])
             row = _measure(item, frames, fps)
         except InputError as error:
             findings.append(_finding("error", str(error), "replace the file or take it away", str(item.path)))
             continue
         rows[role].append(row)
         looks[role].append((row["path"], _look(frames)))
-        findings += _about_item(row, item.kind, height, width, max_frames)
+        findings += _about_item(row, item.kind, aim)
         if role == "motion" and (share := moving_share(frames)) < 0.005:
             text = f"Nothing moves: {share:.1%} of the picture changes."
             findings.append(_finding("warning", text, "use a clip that shows the motion", row["path"]))
     findings += _copies(looks["identity"]) + _copies(looks["motion"])
-    return rows, findings + _about_clips(rows["motion"])
+    return rows, findings + _about_clips(rows["motion"], aim["fps"])
 
 # %% ../nbs/03_data.ipynb
 def check_case(case: Case,
                height: int,  # of the base's frames
                width: int,
                max_frames: int,
-               prompt_tokens: Callable | None = None  # caption -> (its tokens, the base's limit)
+               prompt_tokens: Callable | None = None,  # caption -> (its tokens, the base's limit)
+               fps: float | None = None,  # as for `read_item`
+               fit: str = "crop"
                ) -> dict:  # JSON-able; "ok" is False if there is an error among "findings"
     "Read everything and gather every error, warning and note instead of stopping at the first."
-    rows, found = _read_all(case, height, width, max_frames)
+    aim = _aim(height, width, max_frames, fps, fit)
+    rows, found = _read_all(case, aim)
     found = _about_case(case, prompt_tokens) + found
     found = sorted(found, key=lambda finding: LEVELS.index(finding["level"]))
     levels = Counter(finding["level"] for finding in found)
@@ -473,7 +507,7 @@ def check_case(case: Case,
     return dict(
         ok=not levels["error"],
         **{word: getattr(case, word) for word in words},
-        base=dict(height=height, width=width, frames=video.usable_frames(max_frames, max_frames)),
+        base=aim,
         counts=dict(identity=len(case.identity), motion=len(case.motion)),
         **rows,
         findings=found,
@@ -516,7 +550,9 @@ def format_report(report: dict  # of `check_case`
     for role, what in (("identity", "images"), ("motion", "clips")):
         head = f'{role}: {report["counts"][role]} {what}, "{report[f"{role}_prompt"]}"'
         lines += [head, *_table(report[role])]
-    lines += [f"used as: {base['width']}x{base['height']}, up to {base['frames']} frames"]
+    rate = f" at {base['fps']:g} fps" if base["fps"] else ""
+    how = {"crop": "cropped", "pad": "padded"}[base["fit"]]
+    lines += [f"used as: {how} to {base['width']}x{base['height']}, up to {base['frames']} frames{rate}"]
     verdict = "can be trained" if report["ok"] else "cannot be trained"
     last = f"This case {verdict} (errors: {report['errors']}, warnings: {report['warnings']})."
     return "\n".join([*lines, *_sentences(report["findings"]), last])
@@ -527,10 +563,12 @@ def case_sheet(case: Case,
                width: int,
                max_frames: int,
                path: str | Path | None = None,  # also written there
-               cell: int = 96) -> Image.Image:  # height of a cell in pixels
+               cell: int = 96,  # height of a cell in pixels
+               **how  # fps, fit: as for `read_item`
+               ) -> Image.Image:
     "Images and clips as they are trained on, six frames of each clip; what cannot be read is left out."
     def seen(item):
-        try: frames = read_item(item, height, width, max_frames)
+        try: frames = read_item(item, height, width, max_frames, **how)
         except InputError: return None
         picks = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).round().astype(int)]
         return video.resize_crop(picks, cell, round(cell * width / height))

@@ -148,6 +148,8 @@ class _Work:
     encoder: object
     norm: str
     cache: Cache
+    fps: float | None = None
+    fit: str = "crop"
 
     def __post_init__(self):
         self.seen = [fingerprint(self.pipe.vae), "none"]
@@ -164,10 +166,13 @@ class _Work:
 
     def visual_key(self, item):
         files = sorted(p for p in item.path.iterdir() if p.is_file()) if item.path.is_dir() else [item.path]
-        return content_hash("visual 2", item.kind, self.height, self.width, self.frames, *self.seen, *files)
+        how = (self.fps if item.kind == "video" else None, self.fit)
+        how = () if how == (None, "crop") else how # the default's entries stay what they were
+        size = (self.height, self.width, self.frames)
+        return content_hash("visual 2", item.kind, *size, *how, *self.seen, *files)
 
     def visual(self, item):
-        frames = read_item(item, self.height, self.width, self.frames)
+        frames = read_item(item, self.height, self.width, self.frames, self.fps, self.fit)
         mean, std = encode_frames(self.pipe.vae, frames)
         if self.encoder is None: return dict(mean=mean, std=std)
         return dict(mean=mean, std=std, reference=self.encoder.encode([first_frame(item)], norm=self.norm)[0])
@@ -183,11 +188,13 @@ def encode_case(pipe,                  # with VAE, tokenizer and text encoder
                 encoder=None,          # reference encoder, or None
                 norm:str="clip",       # reference preprocessing; "published" for public checkpoints
                 cache=None,            # folder; default `cache_folder()`
-                progress=True) -> EncodedCase: # a bar, on a terminal
+                progress=True,         # a bar, on a terminal
+                fps:float=None,        # take clips' frames at this rate
+                fit:str="crop") -> EncodedCase: # or "pad"
     "Encode every item of a case through the cache; `InputError` names an item that cannot be used."
     items, cache = case.identity + case.motion, Cache(cache_folder(cache))
     for prompt in {i.prompt for i in items}: check_prompt(pipe.tokenizer, prompt, max_tokens)
-    work = _Work(pipe, height, width, frames, max_tokens, encoder, norm, cache)
+    work = _Work(pipe, height, width, frames, max_tokens, encoder, norm, cache, fps, fit)
     tile(pipe, height, width)
     disable = None if progress else True # None: only where there is no terminal
     with tqdm(items, "encoding", disable=disable, leave=False) as bar: # closed also on an error

@@ -5,7 +5,8 @@
 # %% auto 0
 __all__ = ['CHUNK', 'NETWORK', 'EXTRAS', 'VERSION', 'Scorer', 'not_computed', 'References', 'score_frames', 'Video',
            'find_videos', 'read_prompts', 'decoder', 'content_of', 'identity_of', 'Results', 'Strip', 'Truth',
-           'parse_truth', 'oddities', 'load_references', 'encoder_names', 'summarise', 'status', 'evaluate']
+           'parse_truth', 'likeness', 'preview_scorer', 'mean_of', 'oddities', 'load_references', 'encoder_names',
+           'summarise', 'status', 'evaluate']
 
 # %% ../nbs/32_evaluate.ipynb
 import csv
@@ -41,6 +42,7 @@ from dualreal.video import (
     frame_files,
     natural_key,
     read_image,
+    read_video,
     resize_crop,
     stream_video,
 )
@@ -357,6 +359,7 @@ class Truth:
         "Keep the next frames, of a small video."
         small = max(frames.shape[1:3]) <= 128
         if len(self.parts) < 9: self.parts.append(frames if small else frames[:, :1, :1])
+        return self
 
     def values(self) -> dict: # truth_identity and truth_motion, 0..1
         "Scores, or `Undefined`."
@@ -380,6 +383,44 @@ def parse_truth(text): # "teal_cat:swinging", or None
     if motion == "still":
         raise InputError(f"--truth {text}: a motion is wanted, not stillness")
     return subject, motion
+
+# %% ../nbs/32_evaluate.ipynb
+def likeness(degree, wanted) -> float|None: # dynamic degrees, None: unknown
+    "The smaller over the larger, 0..1; two that do not move agree."
+    if degree is None or wanted is None: return None
+    return min(degree, wanted) / max(degree, wanted) if degree != wanted else 1.
+
+def preview_scorer(which="toy",  # or "published"
+                   device="cpu",
+                   truth=None):  # (subject, motion) of toyworld: their readers' columns, too
+    "A `score` for `train`; `InputError` where a network is missing."
+    encoders, known = load_encoders(which, device=device), {}
+    for network in ("clip_t", "dino_i", "flow"):
+        if isinstance(encoders[network], Missing):
+            raise InputError(f"previews cannot be scored: {encoders[network].why}")
+    def score(run, folder):
+        if not known: known["references"] = _as_trained(run)
+        rows = [_preview_row(f, run.size.fps, known["references"], encoders, truth) for f in sorted(folder.glob("*.mp4"))]
+        return {k: mean_of([row[k] for row in rows]) for k in rows[0]}
+    return score
+
+def _as_trained(run):
+    from dualreal.trainer import seen
+    clips = [(frames, run.size.fps) for frames in seen(run, "motion")]
+    return References([frames[0] for frames in seen(run, "identity")], clips)
+
+def mean_of(numbers): # None where one is missing
+    "Mean of numbers that are all there."
+    return None if None in numbers else float(np.mean(numbers))
+
+def _preview_row(path, fps, references, encoders, truth):
+    prompt = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]
+    frames = read_video(path)[0]
+    row = score_frames(frames, fps, references, prompt, encoders)
+    found = dict(identity=row["dino_i"], text=row["clip_t"],
+                 motion=likeness(row["dynamic_degree"], row.get("dynamic_degree_reference_resized")))
+    if truth is not None: found |= Truth(*truth).feed(frames).values()
+    return found | {m: row[m] for m in METRICS}
 
 # %% ../nbs/32_evaluate.ipynb
 _601 = (0, 2, 5, 6) # RGB, no tag, BT.601 (625 and 525 lines)
