@@ -248,13 +248,14 @@ def trainable(run:Run):
 # %% ../nbs/24_trainer.ipynb
 def backward(run:Run, batch:list[Drawn], dimension:str) -> tuple[float, list[float]]: # loss, weights by group
     "Leave the gradient of the whole batch; its mean loss and mean identity weights."
-    a, weights, loss = run.accelerator, torch.zeros(run.config.groups), 0.
+    a = run.accelerator
+    told = torch.zeros(1 + run.config.groups, device=a.device) # fetched once: fetching waits for the device
     for part in micro_batches(batch[a.process_index::a.num_processes], run.config.micro_batch):
         share = part_loss(run, part, dimension) * (len(part) / len(batch))
         share.backward()
-        loss += share.item()
-        weights += blend_weights(run.pipe.transformer).float().sum(0).cpu() / len(batch)
-    loss, *weights = sum_up(a, trainable(run), [loss, *weights.tolist()])
+        told[0] += share.detach()
+        told[1:] += blend_weights(run.pipe.transformer).float().sum(0).to(a.device) / len(batch)
+    loss, *weights = sum_up(a, trainable(run), told.tolist())
     return loss, weights
 
 def sum_up(accelerator, parameters:list, numbers:list) -> list: # the numbers' sums
@@ -272,9 +273,11 @@ def sum_up(accelerator, parameters:list, numbers:list) -> list: # the numbers' s
 # %% ../nbs/24_trainer.ipynb
 def clip_gradients(run:Run) -> tuple[dict, float]: # norm of each part's gradient, of all together; before
     "Scale the gradient down to the norm of the settings."
-    def norm(ps): return torch.nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None]).item()
+    def norm(ps): return torch.nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None])
     norms = {part: norm(ps) for part, ps in parts_of(run.pipe.transformer).items()}
-    return norms, torch.nn.utils.clip_grad_norm_(trainable(run), run.config.clip).item()
+    whole = torch.nn.utils.clip_grad_norm_(trainable(run), run.config.clip)
+    *each, whole = torch.stack([n.to(whole.device) for n in (*norms.values(), whole)]).tolist()
+    return dict(zip(norms, each)), whole
 
 EXPLODED = 100. # a prediction of zeros has a loss of about 1
 
