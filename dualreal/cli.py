@@ -112,8 +112,9 @@ def _train_flags(p):
                    help="less memory, more time (default: on a GPU)")
     p.add_argument("--eight-bit", action="store_true", help="Adam's states in eight bits (bitsandbytes)")
     p.add_argument("--fp8", action="store_true", help="APPROXIMATE: frozen weights in eight bits")
-    _add(p, "score_previews", str, "measure previews and mark the best step; toy or published networks "
-         "(default: those of the base)", nargs="?", const="auto", choices=("toy", "published"), metavar="SET")
+    _add(p, "score_previews", str, "measure previews and mark the best step; toy, published or "
+         "auto networks (default: those of the base)", nargs="?", const="auto",
+         choices=("auto", "toy", "published"), metavar="SET")
 
 def _case_flags(p):
     _add(p, "identity", str, "folder of images of the subject", metavar="DIR", required=True)

@@ -45,7 +45,7 @@ from .checkpoint import FILE, adapter_tensors, find_adapter, read_adapter, save_
 from .data import MIN_CLIP, Item, load_case, read_item
 from .encode import Encoded, EncodedCase, check_prompt, check_writable, encode_case, encode_prompt, release
 from .generate import generate, sized
-from .memory import Plan, StepSize, adamw, advice, apply, plan
+from .memory import Plan, StepSize, adamw, advice, apply, budget_bytes, plan
 from .objective import denoising_loss
 from .switch import TrainingSwitch, focus, parts_of
 from .tuner import DualRealConfig, blend_weights, check_attachable
@@ -129,6 +129,8 @@ def with_memory(config:TrainConfig) -> TrainConfig:
     if config.memory is None and (config.eight_bit or config.fp8): config.memory = "auto"
     if config.memory is not None and config.gradient_checkpointing is not None:
         raise InputError("memory and gradient_checkpointing: give one, the plan for the memory decides both")
+    if config.memory is not None: budget_bytes(config.memory, pick_device(config.device))
+    if config.eight_bit: adamw([torch.nn.Parameter(torch.zeros(1))], eight_bit=True) # is it installed?
     return config
 
 # %% ../nbs/24_trainer.ipynb
@@ -549,7 +551,7 @@ def tradeoff_figure(scores:list): # rows with step, identity, motion
         label = f"best: step {best['step']} (harmonic mean {balance(best):.2f})"
         ax.plot(best["motion"], best["identity"], "*", ms=15, color=COLOURS["motion"], label=label)
         ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(.5, 1))
-    ax.set(xlabel="motion", ylabel="identity")
+    ax.set(xlabel="motion", ylabel="identity", xlim=(0, 1.05), ylim=(0, 1.05))
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 

@@ -229,6 +229,18 @@ def test_size_of_training_is_the_size_of_videos(home, tmp_path):
     assert read_video(tmp_path / "new/folder/ä 猫.gif")[0].shape == (9, 64, 64, 3)
 
 
+def test_upright_padded_slower(home, tmp_path):
+    "A portrait run sees the whole picture, and every second frame; its previews are scored."
+    run = tmp_path / "run"
+    more = ["--height", "96", "--fit", "pad", "--fps", "4", "--preview-every", "2", "--score-previews"]
+    assert main(train(home / "case", run, *more)) == 0
+    assert read_video(run / "samples/00.mp4")[0].shape == (9, 96, 64, 3)
+    rows = json.loads((run / "previews/scores.json").read_text())
+    assert [row["step"] for row in rows] == [2, 3] and all(0 <= row["identity"] <= 1 for row in rows)
+    assert main(generate(run, tmp_path / "a.gif")) == 0
+    assert read_video(tmp_path / "a.gif")[0].shape == (9, 96, 64, 3)
+
+
 @pytest.mark.parametrize("more", [
     ["--no-mask", "--no-controller"], ["--motion-ratio", "0", "--reference-encoder", "none"],
     ["--motion-ratio", "1", "--groups", "6", "--precision", "bfloat16", "--gradient-checkpointing"],

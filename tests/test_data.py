@@ -269,7 +269,7 @@ def test_check_of_a_good_case(one, wave):
     assert json.loads(json.dumps(report)) == report
     assert report["ok"] and (report["errors"], report["warnings"], report["findings"]) == (0, 0, [])
     assert report["counts"] == dict(identity=3, motion=3)
-    assert report["base"] == dict(height=16, width=24, frames=5)
+    assert report["base"] == dict(height=16, width=24, frames=5, fps=None, fit="crop")
     row = report["motion"][0]
     assert (row["width"], row["height"], row["frames"], row["used"], row["fps"]) == (24, 16, 17, 5, 8.0)
     assert "5 of 17 frames at 8 fps" in data.format_report(report)
@@ -312,6 +312,25 @@ def found(one, wave, *prompts, size=(16, 24, 9)):
     for finding in report["findings"]: assert finding["fix"] and finding["fix"] in said
     assert json.loads(json.dumps(report)) == report
     return [finding["text"] for finding in report["findings"]]
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_check_shows_what_is_trained_on(one, wave, tmp_path, fit):
+    "The same frames, at the same rate, in the same frame; what that costs is said with a way out."
+    clip(wave / "b.mp4", 60, fps=30)
+    photo(one / "2.png", width=16, height=64)
+    case, how = data.load_case(one, wave), dict(fps=10, fit=fit)
+    frames = data.read_item(case.motion[1], 16, 24, 9, **how)
+    assert len(frames) == 9 and (frames == data.video.read_video(wave / "b.mp4")[0][:25:3]).all()
+    report = data.check_case(case, 16, 24, 9, **how)
+    said = data.format_report(report)
+    assert report["motion"][1]["used"] == 9 and f"{fit}ped to"[-6:] in said.replace("padded", "padped")
+    assert "9 frames at 10 fps" in said
+    shown = [f for f in report["findings"] if f["where"] == f"{one / '2.png'}"]
+    assert len(shown) == 1 and f"--fit {dict(crop='pad', pad='crop')[fit]}" in shown[0]["fix"]
+    assert data.case_sheet(case, 16, 24, 9, cell=16, **how).size[0] > 24
+    slow = data.check_case(case, 16, 24, 9, fps=2)
+    assert "use a clip of 4.5 seconds or more, or a higher --fps" in data.format_report(slow)
 
 
 def test_doctor_sees_copies(one, wave):

@@ -175,6 +175,9 @@ SETTINGS = {
     "precision int8": "int8", "trackers mlflow": "mlflow", "reference-encoder no/where": "no/where",
     "base no/where": "no/where", "steps x": "--steps", "seed 1.5": "--seed", "warmup -1": "warmup",
     "reference-norm none": "reference",
+    "fps 0": "fps 0", "fps nan": "fps nan", "fit squeeze": "'crop' or 'pad'",
+    "memory much": "memory", "memory -3": "memory", "score-previews all": "--score-previews",
+    "score-previews toy": "--preview-every",
 }
 
 

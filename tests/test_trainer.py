@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -22,8 +23,9 @@ from PIL import Image
 from dualreal import checkpoint
 from dualreal.backbone import tiny_pipeline
 from dualreal.checkpoint import Interrupted, adapter_tensors, damage, read_adapter, step_folders
-from dualreal.cli import main
+from dualreal.cli import _say_best, main
 from dualreal.core import InputError
+from dualreal.memory import Plan
 from dualreal.trainer import TrainConfig, checkpoints, prepare, restore, scalars, train, train_step
 from dualreal.video import read_video, write_video
 
@@ -276,6 +278,63 @@ def test_a_ruinous_step_is_not_taken(home, whole, tmp_path, monkeypatch, factor)
     assert same(tmp_path / "run", whole)
 
 
+# Memory
+
+LITTLE = "0.0005"  # GiB: one of two blocks is checkpointed
+
+
+@pytest.mark.parametrize("memory, kept", [("auto", dict(everything=2)), (LITTLE, dict(attention=1)),
+                                          ("stream", dict(streamed=2))])
+def test_a_plan_changes_nothing(home, whole, tmp_path, capsys, monkeypatch, memory, kept):
+    "Losses and weights are those of the run without one, bit for bit (streamed: to rounding)."
+    if memory == "stream":  # with two blocks it never pays, so the planner does not
+        stream = Plan(2, attention=1, offload=True, streamed=2, budget=1, parts=(("all", 1),))
+        monkeypatch.setattr("dualreal.trainer.plan", lambda *args: stream)
+    train(settings(home, tmp_path / "run", memory="auto" if memory == "stream" else memory))
+    assert "predicted peak" in capsys.readouterr().out
+    assert (alike if memory == "stream" else same)(tmp_path / "run", whole)
+    plan = json.loads((tmp_path / "run/run.json").read_text())["plan"]
+    assert {k: plan[k] for k in kept} == kept and 0 < plan["bytes"] <= plan["budget"]
+
+
+def test_memory_may_change(home, whole, tmp_path):
+    with pytest.raises(Interrupted): train(settings(home, tmp_path / "run"), stop_at(3), progress=False)
+    train(settings(home, tmp_path / "run", resume=True, memory=LITTLE), progress=False)
+    assert same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("memory, says", [(None, "out of memory: try --memory auto"),
+                                          ("24", "25.8 GB were predicted: try --memory 16")])
+def test_out_of_memory(home, whole, tmp_path, capsys, monkeypatch, memory, says):
+    "One line says which setting would fit; the run can be continued with it."
+    import dualreal.trainer as trainer
+    loss = trainer.part_loss
+
+    def full(run, *args):
+        if run.step == 5: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return loss(run, *args)
+    monkeypatch.setattr(trainer, "part_loss", full)
+    config = settings(home, tmp_path / "run", memory=memory)
+    assert main(command(config)) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("dualreal: out of memory") and says in line and "--resume" in line
+    monkeypatch.undo()
+    train(settings(home, tmp_path / "run", resume=True, memory=LITTLE), progress=False)
+    assert same(tmp_path / "run", whole)
+
+
+def test_fp8_is_another_run(home, whole, tmp_path, capsys):
+    "Said to be approximate, near, and not to be mixed with an exact one."
+    train(settings(home, tmp_path / "run", fp8=True))
+    assert "fp8 weights (approximate)" in capsys.readouterr().out
+    losses = [[row["loss"] for row in log(out)] for out in (tmp_path / "run", whole)]
+    assert losses[0] != losses[1] and np.allclose(*losses, rtol=.1)
+    begun = settings(home, tmp_path / "two", fp8=True)
+    with pytest.raises(Interrupted): train(begun, stop_at(3), progress=False)
+    with pytest.raises(InputError, match="fp8=True, not False"):
+        train(settings(home, tmp_path / "two", resume=True), progress=False)
+
+
 # Several processes
 
 def together(function, *args, processes=2, limit=120):
@@ -388,6 +447,44 @@ def test_a_preview_can_be_made_again(home, tmp_path):
     assert np.array_equal(frames, again)
     bias = "controller.fusion_net.3.bias"
     assert not torch.equal(*[weights(path)[bias] for path in (folder, tmp_path / "run")])
+
+
+def told(run, folder):
+    "Numbers for a preview, from what lies in its folder; the best step is 4."
+    assert (folder / "00.mp4").exists() and (folder / "adapter.safetensors").exists()
+    return dict(identity=run.step / 8, motion=1 - run.step / 8, text=.3)
+
+
+def test_the_best_step_stays(home, whole, tmp_path, capsys):
+    "Rows, picture and adapter outlive rotation; scoring changes nothing of the run."
+    run = tmp_path / "run"
+    train(settings(home, run, preview_every=2, keep=1), progress=False, score=told)
+    assert same(run, whole)
+    record = json.loads((run / "run.json").read_text())
+    assert [row["step"] for row in record["scores"]] == [2, 4, 6, 8] and record["best"]["step"] == 4
+    assert json.loads((run / "previews/scores.json").read_text()) == record["scores"]
+    assert Image.open(run / "tradeoff.png").size > (100, 100)
+    assert [p.name for p in checkpoints(run)] == ["step-8"] and len(list(run.glob("*.safetensors"))) == 1
+    _say_best(run)
+    line = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert line[:2] == ["dualreal", "generate"] and main([*line[1:-1], f"{tmp_path / 'a.gif'}"]) == 0
+    assert read_adapter(run / "previews/step-4")[1]["steps_done"] == 4
+
+
+@pytest.mark.parametrize("when", ["save", "score"])
+def test_scores_survive(home, tmp_path, when):
+    "Killed between a checkpoint and its preview, or later: the same rows in the end."
+    def fragile(run, folder):
+        if run.step == 4: raise KeyboardInterrupt
+        return told(run, folder)
+    config = dict(preview_every=2, save_every=4 if when == "score" else 3)
+    train(settings(home, tmp_path / "whole", **config), progress=False, score=told)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(home, tmp_path / "run", **config), progress=False, score=fragile)
+    train(settings(home, tmp_path / "run", resume=True, **config), progress=False, score=told)
+    assert same(tmp_path / "run", tmp_path / "whole")
+    records = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("run", "whole")]
+    assert records[0]["scores"] == records[1]["scores"] and len(records[0]["scores"]) == 4
 
 
 def test_curves(home, tmp_path):
