@@ -62,12 +62,10 @@ def shortened(line: str) -> list[str]:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    "A reader's folder: photos, clips, some videos, a benchmark."
+    "A reader's folder: photos, clips, a benchmark."
     write_case(tmp_path / "case", "mint_cat", "hopping", images=2, clips=2)
     (tmp_path / "case/identity").rename(tmp_path / "photos")
     (tmp_path / "case/motion").rename(tmp_path / "clips")
-    write_case(tmp_path / "more", "mint_cat", "hopping", images=1, clips=1)
-    (tmp_path / "more/motion/videos").rename(tmp_path / "videos")
     write_json(tmp_path / "mine.json", MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DUALREAL_CACHE", str(tmp_path / "cache"))
