@@ -449,6 +449,14 @@ def test_a_preview_can_be_made_again(home, tmp_path):
     assert not torch.equal(*[weights(path)[bias] for path in (folder, tmp_path / "run")])
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_upright(home, tmp_path, fit):
+    "Another shape than the base's own, standing: in training, in its videos, in the command."
+    size = dict(height=48, width=32, fit=fit, fps=8.)
+    train(settings(home, tmp_path / "run", steps=1, samples=1, **size), progress=False)
+    assert read_video(tmp_path / "run/samples/00.mp4")[0].shape[1:] == (48, 32, 3)
+
+
 def told(run, folder):
     "Numbers for a preview, from what lies in its folder; the best step is 4."
     assert (folder / "00.mp4").exists() and (folder / "adapter.safetensors").exists()
