@@ -138,7 +138,7 @@ def run_train(args):
 def _preview_scorer(args, config):
     "The callback that measures previews."
     if not config.preview_every:
-        raise InputError("--score-previews: say how often with --preview-every N, such as a tenth of the steps")
+        raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.core import pick_device
     from dualreal.evaluate import preview_scorer
     which = args.score_previews if args.score_previews != "auto" else \
@@ -151,7 +151,8 @@ def _say_best(out):
     if not run.get("scores"): return
     best, where = run["best"], f"trade-off      {out/'tradeoff.png'}"
     if best is None: return print(f"{where}\nbest step      none: no preview has both identity and motion")
-    numbers, prompt = ", ".join(f"{k} {best[k]:.2f}" for k in ("identity", "motion")), run["words"]["prompts"][0]
+    numbers = ", ".join(f"{k} {best[k]:.2f}" for k in ("identity", "motion"))
+    prompt = run["words"]["prompts"][0]
     folder = out/"previews"/f"step-{best['step']}"
     print(f"{where}\nbest step      {best['step']} of {run['config']['steps']} ({numbers}); to use it:\n"
           f'  dualreal generate --adapter {folder} --prompt "{prompt}" --out video.mp4')
@@ -172,8 +173,8 @@ def _generate_flags(p):
     _add(p, "reference_norm", str, "clip or published; default: as in training")
     for name, (kind, says) in _SIZES.items(): _add(p, name, kind, f"{says}; default: as in training")
     for name in ("device", "precision"): _add(p, name, *_FLAGS[name])
-    p.add_argument("--compile", action="store_true", help="compile the blocks: worth it on a GPU, for large videos")
-    p.add_argument("--offload", action="store_true", help="small cards: blocks wait in main memory; same video")
+    p.add_argument("--compile", action="store_true", help="compile the blocks: for large videos, on a GPU")
+    p.add_argument("--offload", action="store_true", help="small cards: blocks wait in main memory")
     _add(p, "approximate", str, "NOT EXACT, faster: first-block or attention reuses results of earlier steps",
          metavar="CACHE")
 
@@ -372,7 +373,8 @@ def _fold(args, tensors, info, stored):
     if info["config"]["condition_dim"] is None: raise InputError(f"{args.source}: has no condition to fold")
     reference = _reference(args, info, stored)
     if reference is None: raise InputError(f"{args.source}: stores no reference; give --reference IMAGE")
-    return folded(tensors, reference), dict(info, config=dict(info["config"], condition_dim=None), folded=True), None
+    config = dict(info["config"], condition_dim=None)
+    return folded(tensors, reference), dict(info, config=config, folded=True), None
 
 def _write_adapter(target, tensors, info, reference):
     import torch
@@ -543,7 +545,7 @@ def _inspect_flags(p): p.add_argument("path", metavar="PATH", help="adapter file
 def _convert_flags(p):
     p.add_argument("source", metavar="IN", help="adapter file or folder")
     p.add_argument("target", metavar="OUT", help="*.safetensors or *.pth (published dictionary)")
-    p.add_argument("--fold", action="store_true", help="build the reference in: exact, a fifth of the 5B's file")
+    p.add_argument("--fold", action="store_true", help="build the reference in: exact, far smaller")
     _add(p, "reference", str, "for --fold: picture of the subject; default: stored in IN", metavar="IMAGE")
     _add(p, "base", str, "for --reference: default: the base that IN names")
     _add(p, "reference_encoder", str, "for --reference: a path or a Hub id; default: as in training")

@@ -279,7 +279,7 @@ MIN_CLIP = 5  # frames: the smallest 4k + 1 that holds motion
 def _source_frames(item: Item,
                    max_frames: int,
                    fps: float | None = None  # take a clip's frames at this rate
-                   ) -> tuple[np.ndarray, float | None]:  # uint8 (F, H, W, 3) in its own size, the clip's rate
+                   ) -> tuple[np.ndarray, float | None]:  # uint8 (F, H, W, 3); the clip's rate
     "The frames of an item that are used."
     if item.kind == "image":
         return first_frame(item)[None], None
@@ -350,7 +350,8 @@ def moving_share(frames: np.ndarray  # uint8 (F, H, W, 3)
 # %% ../nbs/03_data.ipynb
 def _aim(height, width, max_frames, fps, fit) -> dict:
     "What training will make of every item."
-    return dict(height=height, width=width, frames=video.usable_frames(max_frames, max_frames), fps=fps, fit=fit)
+    frames = video.usable_frames(max_frames, max_frames)
+    return dict(height=height, width=width, frames=frames, fps=fps, fit=fit)
 
 
 def _about_size(row: dict,  # of `_measure`

@@ -400,7 +400,8 @@ def preview_scorer(which="toy",  # or "published"
             raise InputError(f"previews cannot be scored: {encoders[network].why}")
     def score(run, folder):
         if not known: known["references"] = _as_trained(run)
-        rows = [_preview_row(f, run.size.fps, known["references"], encoders, truth) for f in sorted(folder.glob("*.mp4"))]
+        rows = [_preview_row(f, run.size.fps, known["references"], encoders, truth)
+                for f in sorted(folder.glob("*.mp4"))]
         return {k: mean_of([row[k] for row in rows]) for k in rows[0]}
     return score
 

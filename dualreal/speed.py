@@ -52,7 +52,8 @@ def spared_flops(width:int, tokens:int) -> int:
 
 def least_over_base(shapes, dimension="motion", keep="all") -> float: # shapes: `Shapes`
     "Step ÷ step of the frozen base, if operations were all that counts: the floor of that ratio."
-    d, tokens = shapes.width, shapes.text + shapes.picture_tokens * (shapes.frames if dimension == "motion" else 1)
+    pictures = shapes.frames if dimension == "motion" else 1
+    d, tokens = shapes.width, shapes.text + pictures * shapes.picture_tokens
     own = adapter_flops(d, tokens, shapes.rank)
     if keep != "all": own += adapter_flops(d, tokens, shapes.rank, backward=False)
     return 1 + (own - spared_flops(d, tokens) / shapes.blocks) / block_flops(d, tokens, keep)

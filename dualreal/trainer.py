@@ -302,8 +302,8 @@ def check_out(out, resume:bool) -> bool: # True: there is a finished run, nothin
         raise InputError(f"{out} holds a run already: continue it with --resume or give another --out folder")
     return resume and (out/"run.json").exists()
 
-_MAY_DIFFER = set("resume out identity motion cache device gradient_checkpointing memory micro_batch save_every "
-                  "preview_every samples prompts keep trackers".split())
+_MAY_DIFFER = set("resume out identity motion cache device gradient_checkpointing memory micro_batch "
+                  "save_every preview_every samples prompts keep trackers".split())
 
 def check_same(config:TrainConfig):
     "`InputError` if checkpoints are continued with settings other than those they were made with."
@@ -463,7 +463,7 @@ def checkpoints(out) -> list[Path]:
     return store.step_folders(Path(out)/"checkpoints")
 
 # %% ../nbs/24_trainer.ipynb
-_LEFT = re.compile(r"\.(adapter|config|contact_sheet|loss|run|scores|tradeoff|\d+)-\w+\.\w+") # of a killed run
+_LEFT = re.compile(r"\.(adapter|config|contact_sheet|loss|run|scores|tradeoff|\d+)-\w+\.\w+") # by a kill
 
 def restore(run:Run) -> Path | None: # the checkpoint used; None: there is none, start afresh
     "Continue from the newest whole checkpoint; a damaged one is named and passed over."
@@ -681,7 +681,8 @@ def finish(run:Run, progress=True) -> Path: # the adapter file
     rows = save_samples(run, run.out/"samples", run.config.samples, progress)
     run.seconds["videos"] = time.perf_counter() - start
     contact_sheet(reference_rows(run) + rows, path=run.out/"contact_sheet.png")
-    memory, planned = peak_memory(run.accelerator.device), run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
+    memory = peak_memory(run.accelerator.device)
+    planned = run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
     best = best_step(run.scores)
     record = dict(facts(run), adapter=path.name, words=run.words, files=run.files, config=asdict(run.config),
                   seconds=run.seconds, cached=run.case.cached, peak_memory_bytes=memory, plan=planned,

@@ -318,7 +318,7 @@ def resize_pad(frames: np.ndarray,  # uint8 (F, H, W, 3)
     h, w = frames.shape[1:3]
     scale = min(height / h, width / w)
     inner = [min(max(round(side * scale), 1), most) for side, most in ((h, height), (w, width))]
-    (top, left), (down, right) = [[(m - i) // 2, m - i - (m - i) // 2] for m, i in zip((height, width), inner)]
+    (top, left), (down, right) = [[(m - i) // 2, -((i - m) // 2)] for m, i in zip((height, width), inner)]
     return np.pad(resize_crop(frames, *inner), ((0, 0), (top, left), (down, right), (0, 0)), mode="edge")
 
 
