@@ -323,8 +323,8 @@ _STYLE = """<style>
 .dr h2 { font-size: 1.25rem; margin: 1.4rem 0 .3rem; line-height: 1.3 }
 .dr p { margin: .2rem 0; line-height: 1.45; max-width: 46rem }
 .dr .dr-picture, .dr video { max-width: 100%; height: auto; border-radius: 4px }
-.dr .dr-film { margin: .4rem .8rem .4rem 0; max-width: min(100%, 22rem); display: inline-block }
-.dr video { width: 22rem; image-rendering: pixelated; background: #000 }
+.dr .dr-film { margin: .4rem .8rem .4rem 0; max-width: min(100%, 16rem); display: inline-block }
+.dr video { width: 16rem; image-rendering: pixelated; background: #000 }
 .dr figcaption { font-size: .85rem; line-height: 1.35 }
 .dr .dr-error { color: #a40e26; background: #fdecee; padding: .5rem .7rem; border-left: 4px solid #a40e26 }
 .dr pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; line-height: 1.35 }
@@ -344,9 +344,10 @@ def _text(name, hint="", value=""): return w.Text(value, description=name, place
 # %% ../nbs/40_studio.ipynb
 class Panel:
     "A part of the page: widgets, a line of news, and a way to work in the background."
-    def __init__(self, title, says, *rows):
+    def __init__(self, title, says, *controls, results=()): # results: widgets below the news
         self.news = w.HTML()
-        self.box = w.VBox([_title(title, says), *rows, self.news], layout=w.Layout(overflow="visible"))
+        rows = [_title(title, says), *controls, self.news, *results]
+        self.box = w.VBox(rows, layout=w.Layout(overflow="visible"))
 
     def guarded(self, work, *args):
         "Call; an error becomes a sentence."
@@ -382,8 +383,8 @@ class CasePanel(Panel):
         rows = [_row(self.folders[k], self.uploads[k]) for k in self.folders]
         says = ("A few photos of the subject, a few clips of the motion, and a caption for each; "
                 "an empty caption is taken from the folder.")
-        rows += [*self.captions.values(), self.base, self.look, self.sheet]
-        super().__init__("1. Your case", says, *rows)
+        rows += [*self.captions.values(), self.base, self.look]
+        super().__init__("1. Your case", says, *rows, results=[self.sheet])
         self.on(self.look, self.show, "Reading pictures and clips …")
         for k, upload in self.uploads.items():
             upload.observe(lambda change, k=k: self.guarded(self.keep, k, change.new), "value")
@@ -415,12 +416,12 @@ class TrainPanel(Panel):
         self.previews = w.BoundedIntText(4, 0, 100, description="Previews", layout=_SHORT)
         self.seed = w.IntText(42, description="Seed", layout=_SHORT)
         self.fits = _button("Will it fit?", "The planner's estimate")
-        self.go = _button("Start", "Start training", "success")
+        self.go = _button("Start", "Start training", "primary")
         self.halt = _button("Stop", "Save and stop")
         self.again = _button("Resume", "Continue the run")
         says = "Steps 0: as many as the base wants. The run goes on if the page is closed."
         super().__init__("2. Train", says, _row(self.name, self.memory, self.steps, self.previews, self.seed),
-                         _row(self.fits, self.go, self.halt, self.again), self.chart, self.films)
+                         _row(self.fits, self.go, self.halt, self.again), results=[self.chart, self.films])
         self.on(self.fits, self.estimate, "Simulating a step …")
         for button, work in ((self.go, self.start), (self.halt, self.stop), (self.again, self.resume)):
             self.on(button, work)
@@ -495,7 +496,7 @@ class AskPanel(Panel):
         says = ("The adapter of a run, a preview or a checkpoint. Dial: −1 motion, 0 as trained, 1 identity. "
                 "Denoising steps 0: as many as the base wants.")
         asking = self.adapter, self.prompt, _row(self.seed, self.steps), self.dial, self.map
-        super().__init__("3. Ask for videos", says, *asking, self.go, self.film)
+        super().__init__("3. Ask for videos", says, *asking, self.go, results=[self.film])
         self.on(self.go, self.generate, "Denoising …")
         self.dial.observe(lambda _: self.guarded(self.draw), "value")
         self.adapter.observe(lambda _: self.guarded(self.picked), "value")
@@ -548,7 +549,7 @@ class ComparePanel(Panel):
         self.go = _button("Compare", "Generate one video of each", "primary")
         self.which = w.SelectMultiple(description="Adapters", rows=6, layout=_WIDE)
         says = "Choose several (Ctrl or Shift); prompt, seed and dial are those above."
-        super().__init__("4. Compare", says, self.which, self.go, self.films)
+        super().__init__("4. Compare", says, self.which, self.go, results=[self.films])
         self.on(self.go, self.compare, "Denoising …")
 
     def compare(self):
@@ -599,13 +600,16 @@ class Studio:
         if self.train.training().said.exists(): self.train.watch()
 
     def refresh(self):
-        "New adapters into the lists, choices kept."
+        "New adapters into the lists; choices are kept, but a run that has just ended is chosen."
         found = adapters(self.out)
-        if list(found) == [label for label, _ in self.ask.adapter.options]: return
+        known = [label for label, _ in self.ask.adapter.options]
+        if list(found) == known: return
         kept, several = self.ask.adapter.value, self.compare.which.value
+        ended = next((p for k, p in found.items() if k not in known and (p/"run.json").exists()), None)
         self.ask.adapter.options = list(found.items())
         self.compare.which.options = [ALONE, *found]
-        if found: self.ask.adapter.value = kept if kept in found.values() else next(iter(found.values()))
+        chosen = ended or (kept if kept in found.values() else next(iter(found.values()), None))
+        self.ask.adapter.value = chosen
         self.compare.which.value = [name for name in several if name in (ALONE, *found)]
 
 def studio(out="studio-out", # folder of uploads, runs and videos
@@ -630,7 +634,8 @@ def page_files(folder:Path, out, workdir) -> Path: # the notebook
     template.mkdir(parents=True)
     (template/"index.html.j2").write_text(_TEMPLATE, encoding="utf-8")
     write_json(template/"conf.json", dict(base_template="lab"))
-    write_json(folder/"jupyter"/"voila.json", dict(Voila=_SETTINGS, VoilaConfiguration=dict(template="dualreal")))
+    settings = dict(Voila=_SETTINGS, VoilaConfiguration=dict(template="dualreal"))
+    write_json(folder/"jupyter"/"voila.json", settings)
     lines = f"import os; os.chdir({str(workdir)!r})\nfrom dualreal.studio import studio\nstudio({str(out)!r})"
     cell = dict(cell_type="code", metadata={}, source=lines, outputs=[], execution_count=None)
     kernel = dict(name="python3", display_name="Python 3", language="python")

@@ -41,21 +41,28 @@ def browser():
 
 
 @contextmanager
-def visit(browser, url, size=DESK, **how):
-    "A page that fails the test if it asks anybody else for anything, or complains."
+def tab(browser, here, size=DESK, **how): # here: host and port
+    "A page, and the list of what is wrong with it: it asked somebody else for something, or complained."
     context = browser.new_context(viewport=size, **how)
     context.set_default_navigation_timeout(120_000)  # Voilà answers when its notebook has run
-    page, here, wrong = context.new_page(), urlsplit(url).netloc, []
+    page, wrong = context.new_page(), []
     def asked(request):
         parts = urlsplit(request.url)
         if parts.scheme not in ("data", "blob") and parts.netloc != here: wrong.append(f"asked {request.url}")
     page.on("request", asked)
-    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.goto(url)
-    yield page
+    yield page, wrong
     context.close()
-    assert not wrong
+
+
+@contextmanager
+def visit(browser, url, size=DESK, **how):
+    "A page that must have nothing wrong with it."
+    with tab(browser, urlsplit(url).netloc, size, **how) as (page, wrong):
+        page.goto(url)
+        yield page
+        assert not wrong
 
 
 def overflow(page) -> list:
@@ -127,18 +134,22 @@ def pages(folder) -> list:
     return sorted(p.as_posix() for p in every if "_static" not in p.parts and p.name not in special)
 
 
+SHOWN = ("index.html", "trainer.html", "toyworld.html", "cli.html", "studio.html")  # that pictures are kept of
+
+
 def test_every_page_loads_on_a_phone(browser, site):
     "Each page: nothing from elsewhere, no complaints, nothing sticks out, every picture says what it shows."
     folder, url = site
     problems = []
-    for name in pages(folder):
-        try:
-            with visit(browser, f"{url}/{name}", PHONE) as page:
-                page.screenshot(path=PICTURES/f"site-phone-{name.replace('/', '-')[:-5]}.png")
-                if wide := overflow(page): problems.append(f"{name}: too wide: {wide}")
-                mute = page.evaluate("[...document.images].filter(i => !i.alt.trim()).map(i => i.src.slice(-60))")
-                if mute: problems.append(f"{name}: no alt text: {mute}")
-        except AssertionError as e: problems.append(f"{name}: {e}")
+    with tab(browser, urlsplit(url).netloc, PHONE) as (page, wrong):
+        for name in pages(folder):
+            page.goto(f"{url}/{name}")
+            if name in SHOWN: page.screenshot(path=PICTURES/f"site-phone-{name[:-5]}.png")
+            mute = page.evaluate("""[...document.images].map(i => i.alt.trim()).filter(
+                alt => !alt || /[.](png|gif|jpe?g|svg)$/.test(alt))""")
+            found = [*wrong, *(f"too wide: {what}" for what in overflow(page)), *(f"no alt text: {a}" for a in mute)]
+            problems += [f"{name}: {what}" for what in found]
+            wrong.clear()
     assert not problems, "\n".join(problems)
 
 
@@ -146,9 +157,10 @@ def test_every_page_loads_on_a_phone(browser, site):
 def test_text_is_readable(browser, site, scheme):
     folder, url = site
     problems = []
-    for name in ("index.html", "trainer.html", "cli.html", "studio.html"):
-        with visit(browser, f"{url}/{name}", color_scheme=scheme) as page:
-            page.wait_for_function("document.documentElement.dataset.theme")
+    with tab(browser, urlsplit(url).netloc, color_scheme=scheme) as (page, wrong):
+        for name in SHOWN:
+            page.goto(f"{url}/{name}")
+            assert page.evaluate("document.documentElement.dataset.theme") == scheme
             page.screenshot(path=PICTURES/f"site-{scheme}-{name[:-5]}.png")
             problems += [f"{name}: {text}" for text in pale(page, "body *")]
     assert not problems, "\n".join(problems)
