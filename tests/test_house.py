@@ -38,7 +38,7 @@ def test_exported_lines_fit_the_page():
 def test_requirements_survive_splitting():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
-    for key in ("requirements", "dev_requirements", "docs_requirements"):
+    for key in ("requirements", "dev_requirements", "docs_requirements", "studio_requirements"):
         for text in config["DEFAULT"].get(key, "").split(): Requirement(text)
 
 
