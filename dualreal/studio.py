@@ -31,17 +31,16 @@ import psutil
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
-
 from .backbone import base_size, find_sizes, load_base
 from .checkpoint import find_adapter, load_adapter, read_adapter, step_folders
+from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
 from .data import case_sheet, check_case, format_report, load_case
 from .encode import check_writable, tile
 from .evaluate import evaluate
 from .generate import generate, sized, weights_figure
 from .memory import StepSize, plan
 from .report import write_pages
-from .trainer import PUBLISHED, joint_prompt, loss_figure
+from .trainer import PUBLISHED, loss_figure
 from .tuner import DualRealConfig
 from .video import write_video
 
@@ -332,7 +331,7 @@ _STYLE = """<style>
 .dr .widget-html, .dr .widget-html-content { max-width: 100%; height: auto }
 </style>"""
 
-_WIDE, _SHORT = w.Layout(width="min(100%, 34rem)"), w.Layout(width="min(100%, 17rem)")
+_WIDE, _SHORT = w.Layout(width="min(98%, 34rem)"), w.Layout(width="min(98%, 17rem)")
 
 def _row(*widgets): return w.Box(widgets, layout=w.Layout(flex_flow="row wrap", align_items="center"))
 def _title(text, says): return w.HTML(f"<h2>{text}</h2><p>{says}</p>")
@@ -634,7 +633,8 @@ def page_files(folder:Path, out, workdir) -> Path: # the notebook
     template.mkdir(parents=True)
     (template/"index.html.j2").write_text(_TEMPLATE, encoding="utf-8")
     write_json(template/"conf.json", dict(base_template="lab"))
-    settings = dict(Voila=_SETTINGS, VoilaConfiguration=dict(template="dualreal"))
+    only = ["@jupyter-widgets/jupyterlab-manager"] # of the extensions of JupyterLab, which may be made for another
+    settings = dict(Voila=_SETTINGS, VoilaConfiguration=dict(template="dualreal", extension_allowlist=only))
     write_json(folder/"jupyter"/"voila.json", settings)
     lines = f"import os; os.chdir({str(workdir)!r})\nfrom dualreal.studio import studio\nstudio({str(out)!r})"
     cell = dict(cell_type="code", metadata={}, source=lines, outputs=[], execution_count=None)

@@ -1,7 +1,7 @@
 """The site and the studio in a real browser, at the width of a desk and of a phone.
 
-Needs Debian's chromium (`apt-get install chromium`; `.ci/run` does it) or another one named by `CHROMIUM`. Pictures of
-every page go to `screenshots/`.
+Needs Debian's chromium (`apt-get install chromium`; `.ci/run` does it) or another one named by `CHROMIUM`. Pictures
+of the pages go to `screenshots/`.
 """
 import os
 import shutil
@@ -28,12 +28,12 @@ NAMES = "chromium", "chromium-browser", "google-chrome"
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 DESK, PHONE = dict(width=1280, height=900), dict(width=390, height=844)
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
 
 
 @pytest.fixture(scope="session")
 def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright (no browser download needed)")
+    sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     PICTURES.mkdir(exist_ok=True)
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -74,8 +74,9 @@ def overflow(page) -> list:
             (['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
         const out = [...document.body.querySelectorAll('*')].filter(e => {
             const box = e.getBoundingClientRect()
-            return box.width && box.right > wide && box.left < wide && !scrolls(e.parentElement) && !scrolls(e)
-                && getComputedStyle(e).position !== 'fixed' && getComputedStyle(e).visibility !== 'hidden'})
+            const style = getComputedStyle(e)
+            return box.width && box.right > wide && box.left < wide && !scrolls(e.parentElement)
+                && !scrolls(e) && style.position !== 'fixed' && style.visibility !== 'hidden'})
         return out.map(e => e.tagName + '.' + e.className).slice(0, 5)
     }""")
 
@@ -95,8 +96,9 @@ def pale(page, selector) -> list:
         for (const e of document.querySelectorAll(selector)) if (seen(e)) {
             const style = getComputedStyle(e), a = light(parse(style.color)), b = light(behind(e))
             const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
-            const large = parseFloat(style.fontSize) >= 24 || parseFloat(style.fontSize) >= 18.6 && style.fontWeight >= 700
-            if (ratio < (large ? 3 : 4.5) - .01) bad.push(`${e.tagName}.${e.className} ${ratio.toFixed(2)} ${e.innerText.slice(0, 30)}`)
+            const size = parseFloat(style.fontSize), large = size >= (style.fontWeight >= 700 ? 18.6 : 24)
+            const told = `${e.tagName}.${e.className} ${ratio.toFixed(2)} ${e.innerText.slice(0, 30)}`
+            if (ratio < (large ? 3 : 4.5) - .01) bad.push(told)
         }
         return bad.slice(0, 8)
     }""", selector)
@@ -108,7 +110,8 @@ def focused_by_keyboard(page, presses) -> list:
     for _ in range(presses):
         page.keyboard.press("Tab")
         seen.append(page.evaluate("""() => { const e = document.activeElement
-            return e.tagName + ' ' + (e.getAttribute('aria-label') || e.innerText || e.title || e.placeholder || '').trim() }"""))
+            const names = [e.getAttribute('aria-label'), e.innerText, e.title, e.placeholder, '']
+            return e.tagName + ' ' + names.find(n => n !== null && n !== undefined).trim() }"""))
     return seen
 
 
@@ -118,7 +121,8 @@ def site():
     folder = os.environ.get("DOCS")
     if folder is None:
         pytest.importorskip("sphinx_book_theme", reason="pip install -e '.[docs]'")
-        built = subprocess.run([sys.executable, ROOT/"tools"/"docs.py"], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, ROOT/"tools"/"docs.py"]
+        built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr
         folder = ROOT/"_docs"
     class Quiet(SimpleHTTPRequestHandler):
@@ -135,7 +139,7 @@ def pages(folder) -> list:
     return sorted(p.as_posix() for p in every if "_static" not in p.parts and p.name not in special)
 
 
-SHOWN = ("index.html", "trainer.html", "toyworld.html", "cli.html", "studio.html")  # that pictures are kept of
+SHOWN = "index.html", "trainer.html", "toyworld.html", "cli.html", "studio.html" # that pictures are kept of
 
 
 def test_every_page_loads_on_a_phone(browser, site):
@@ -148,8 +152,8 @@ def test_every_page_loads_on_a_phone(browser, site):
             if name in SHOWN: page.screenshot(path=PICTURES/f"site-phone-{name[:-5]}.png")
             mute = page.evaluate("""[...document.images].map(i => i.alt.trim()).filter(
                 alt => !alt || /[.](png|gif|jpe?g|svg)$/.test(alt))""")
-            found = [*wrong, *(f"too wide: {what}" for what in overflow(page)), *(f"no alt text: {a}" for a in mute)]
-            problems += [f"{name}: {what}" for what in found]
+            found = [*(f"too wide: {what}" for what in overflow(page)), *(f"no alt text: {a}" for a in mute)]
+            problems += [f"{name}: {what}" for what in [*wrong, *found]]
             wrong.clear()
     assert not problems, "\n".join(problems)
 
@@ -178,7 +182,7 @@ def test_search_finds_the_controller(browser, site):
 def test_keyboard_reaches_the_controls_of_the_site(browser, site):
     with visit(browser, f"{site[1]}/stageblender.html") as page:
         reached = " | ".join(focused_by_keyboard(page, 60))
-        for control in ("Skip to main content", "Search", "trainer"): assert control.lower() in reached.lower(), reached
+        for control in ("skip to main content", "search", "trainer"): assert control in reached.lower(), reached
         page.keyboard.press("Control+k")
         page.keyboard.type("StageBlender")
         page.keyboard.press("Enter")
@@ -195,7 +199,8 @@ def free_port() -> int:
 def served(home, port):
     "`dualreal studio` in the folder `home`."
     env = {**os.environ, "DUALREAL_CACHE": str(home/"cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dualreal.cli", "studio", "--no-browser", f"--port={port}", f"--out={home/'out'}"]
+    command = [sys.executable, "-m", "dualreal.cli", "studio", "--no-browser", f"--port={port}"]
+    command.append(f"--out={home/'out'}")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     with open(home/"studio.log", "w") as log:
         server = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -263,7 +268,8 @@ def test_studio_from_photos_to_video(browser, studio):
         film = page.locator("video").first
         film.wait_for()
         film.scroll_into_view_if_needed()  # a film out of sight does not start
-        page.wait_for_function("document.querySelector('video').videoWidth > 0 && document.querySelector('video').currentTime > 0")
+        page.wait_for_function("document.querySelector('video').currentTime > 0")
+        assert page.evaluate("document.querySelector('video').videoWidth") == 64
         before = picture(page, "Identity weight by depth")
         page.get_by_role("slider").first.focus()
         for _ in range(4): page.keyboard.press("ArrowRight")
@@ -294,7 +300,8 @@ def test_studio_on_a_phone_finds_the_run(browser, studio):
         photos = [home/"large.png", *sorted((home/"case"/"identity").rglob("*.png"))]
         with page.expect_file_chooser() as chooser: page.get_by_role("button", name="Upload images").click()
         chooser.value.set_files(photos)
-        page.wait_for_function("document.querySelector('input[type=text]').value.endsWith('identity')", timeout=60_000)
+        kept = "document.querySelector('input[type=text]').value.endsWith('identity')"
+        page.wait_for_function(kept, timeout=60_000)
         assert {p.name: p.stat().st_size for p in photos} == {
             p.name: p.stat().st_size for p in (home/"out"/"case"/"identity").iterdir()}
         reached = " | ".join(focused_by_keyboard(page, 40))

@@ -33,11 +33,13 @@ html_theme_options = dict(navbar_persistent=[], home_page_in_toc=True, use_downl
                           repository_url="https://github.com/dualreal/dualreal", use_repository_button=True)
 '''
 CSS = '''
-code.literal, code.literal .pre { white-space: normal; overflow-wrap: anywhere } /* or a phone's page gets wider */
+/* A long name must not widen a phone's page. */
+code.literal, code.literal .pre { white-space: normal; overflow-wrap: anywhere }
 a.headerlink { color: var(--pst-color-text-base) !important } /* the theme's is too pale to read */
 '''
 ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
-<rect x="1" y="1" width="9" height="9" fill="#7030a0"/><rect x="6" y="6" width="9" height="9" fill="#e06000"/></svg>
+<rect x="1" y="1" width="9" height="9" fill="#7030a0"/>
+<rect x="6" y="6" width="9" height="9" fill="#e06000"/></svg>
 '''
 
 
@@ -95,8 +97,8 @@ def convert_cell(cell: dict, before: str = "") -> list[dict]:
         return [markdown_cell(rename_links(show_doc_markdown(text))) for text in texts]
     if "include: false" in directives: return []
     meta = {"tags": ["remove-input"] if "echo: false" in directives else []}
-    told = next((d.removeprefix("fig-alt:").strip(' "') for d in directives if d.startswith("fig-alt:")), None)
-    meta["mystnb"] = {"image": {"alt": told or in_words(before) or "output of the code above"}}
+    told = [d.removeprefix("fig-alt:").strip(' "') for d in directives if d.startswith("fig-alt:")]
+    meta["mystnb"] = {"image": {"alt": told[0] if told else in_words(before) or "output of the code above"}}
     return [{**cell, "source": re.sub(r"^#\|.*\n?", "", source, flags=re.M), "metadata": meta}]
 
 
