@@ -1,7 +1,7 @@
 """The site and the studio in a real browser, at the width of a desk and of a phone.
 
-Needs Debian's chromium (`apt-get install chromium`; `.ci/run` does it) or another one named by `CHROMIUM`. Pictures
-of the pages go to `screenshots/`.
+Needs Debian's chromium (`apt-get install chromium`; `.ci/run` does it) or another one named by `CHROMIUM`.
+Pictures of the pages go to `screenshots/`.
 """
 import os
 import shutil
@@ -182,7 +182,8 @@ def test_search_finds_the_controller(browser, site):
 def test_keyboard_reaches_the_controls_of_the_site(browser, site):
     with visit(browser, f"{site[1]}/stageblender.html") as page:
         reached = " | ".join(focused_by_keyboard(page, 60))
-        for control in ("skip to main content", "search", "trainer"): assert control in reached.lower(), reached
+        for control in ("skip to main content", "search", "trainer"):
+            assert control in reached.lower(), reached
         page.keyboard.press("Control+k")
         page.keyboard.type("StageBlender")
         page.keyboard.press("Enter")
