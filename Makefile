@@ -15,7 +15,8 @@ test test-all docs: export OMP_NUM_THREADS := 1
 # What travels with the package is all a test may use.
 test test-all: export HF_HUB_OFFLINE := 1
 
-test: .venv/installed
+# The browser tests read the site, so its tools are needed too. They use Debian's chromium, and skip without one.
+test: .venv/installed-docs
 	$(BIN)/python tools/check_clean.py
 	$(BIN)/python tools/readme.py --check
 	$(BIN)/ruff check dualreal tests tools

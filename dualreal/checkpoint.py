@@ -337,6 +337,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
         self.status = 128 + number
 
+# Windows asks with Ctrl-Break.
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
 class StopRequest:
     "Within the block, SIGINT and SIGTERM are noted (`number`, else 0) instead of obeyed."
     number, at, before = 0, 0., {}
@@ -348,7 +351,7 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread(): # Python allows handlers in no other
-            self.before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {s: signal.signal(s, self) for s in _STOPS}
         return self
 
     def __exit__(self, *error):
