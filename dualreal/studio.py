@@ -633,7 +633,7 @@ def page_files(folder:Path, out, workdir) -> Path: # the notebook
     template.mkdir(parents=True)
     (template/"index.html.j2").write_text(_TEMPLATE, encoding="utf-8")
     write_json(template/"conf.json", dict(base_template="lab"))
-    only = ["@voila-dashboards/widgets-manager8"] # not those of JupyterLab: they want its version of everything
+    only = ["@voila-dashboards/widgets-manager8"] # JupyterLab's own want its version of everything
     settings = dict(Voila=_SETTINGS, VoilaConfiguration=dict(template="dualreal", extension_allowlist=only))
     write_json(folder/"jupyter"/"voila.json", settings)
     lines = f"import os; os.chdir({str(workdir)!r})\nfrom dualreal.studio import studio\nstudio({str(out)!r})"
