@@ -446,7 +446,7 @@ def run_studio(args):
 
 def _studio_flags(p):
     _add(p, "port", int, "default: 8866", default=8866)
-    _add(p, "out", str, "of uploads, runs and videos (default: studio-out)", metavar="DIR", default="studio-out")
+    _add(p, "out", str, "of everything made (default: studio-out)", metavar="DIR", default="studio-out")
     p.add_argument("--no-browser", dest="browser", action="store_false", help="open no browser")
 
 # %% ../nbs/41_cli.ipynb
@@ -474,7 +474,8 @@ def _convert_flags(p):
 # %% ../nbs/41_cli.ipynb
 _COMMANDS = [(run_demo, _demo_flags), (run_check, _check_flags), (run_train, _train_flags),
              (run_generate, _generate_flags), (run_evaluate, _evaluate_flags), (run_bench, _bench_flags),
-             (run_inspect, _inspect_flags), (run_convert, _convert_flags), (run_studio, _studio_flags)]
+             (run_inspect, _inspect_flags), (run_convert, _convert_flags),
+             (run_studio, _studio_flags)]
 
 class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, like every other mistake; the usage is a `--help` away."
