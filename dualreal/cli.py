@@ -541,8 +541,7 @@ def run_studio(args):
 
 def _studio_flags(p):
     _add(p, "port", int, "default: 8866", default=8866)
-    _add(p, "out", str, "of uploads, runs and videos (default: studio-out)", metavar="DIR",
-         default="studio-out")
+    _add(p, "out", str, "of everything made (default: studio-out)", metavar="DIR", default="studio-out")
     p.add_argument("--no-browser", dest="browser", action="store_false", help="open no browser")
 
 # %% ../nbs/41_cli.ipynb

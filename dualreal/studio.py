@@ -633,8 +633,9 @@ def page_files(folder:Path, out, workdir) -> Path: # the notebook
     template.mkdir(parents=True)
     (template/"index.html.j2").write_text(_TEMPLATE, encoding="utf-8")
     write_json(template/"conf.json", dict(base_template="lab"))
-    only = ["@voila-dashboards/widgets-manager8"] # JupyterLab's own want its version of everything
-    settings = dict(Voila=_SETTINGS, VoilaConfiguration=dict(template="dualreal", extension_allowlist=only))
+    only = ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8"]
+    page = dict(template="dualreal", extension_allowlist=only)
+    settings = dict(Voila=_SETTINGS, VoilaConfiguration=page)
     write_json(folder/"jupyter"/"voila.json", settings)
     lines = f"import os; os.chdir({str(workdir)!r})\nfrom dualreal.studio import studio\nstudio({str(out)!r})"
     cell = dict(cell_type="code", metadata={}, source=lines, outputs=[], execution_count=None)

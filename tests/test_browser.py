@@ -44,7 +44,7 @@ def browser():
 @contextmanager
 def tab(browser, here, size=DESK, **how): # here: host and port
     "A page, and the list of what is wrong with it: it asked somebody else for something, or complained."
-    context = browser.new_context(viewport=size, **how)
+    context = browser.new_context(viewport=size, reduced_motion="reduce", **how)  # no colours half-way
     context.set_default_navigation_timeout(120_000)  # Voilà answers when its notebook has run
     page, wrong = context.new_page(), []
     def asked(request):
