@@ -18,7 +18,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def load_bench(name:str="toy", # "toy", "published", or a JSON file
     path = Path(name) if name.endswith(".json") else data_folder()/"benchmark"/f"{name}.json"
     if not path.is_file():
         raise InputError(f"benchmark {name!r}: {path} is not there; use toy, published, or a JSON file")
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = _stored(path)
     for key in ("cases", "search"):
         if isinstance(stored[key], str): stored[key] = read_table(path.parent/stored[key])
     if isinstance(stored["prompts"], str):
@@ -85,6 +85,13 @@ def load_bench(name:str="toy", # "toy", "published", or a JSON file
     unknown = stored.keys() - {f.name for f in fields(Bench)}
     if unknown: raise InputError(f"{path}: {', '.join(sorted(unknown))}: no such setting of a benchmark")
     return Bench(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+
+def _stored(path):
+    try: stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e: raise InputError(f"{path}: is no benchmark in JSON ({e})") from e
+    missing = [f.name for f in fields(Bench) if f.default is MISSING and f.name not in stored]
+    if missing: raise InputError(f"{path}: lacks {', '.join(missing)}; see data/benchmark/toy.json")
+    return stored
 
 def read_table(path) -> list:
     "Rows of a CSV file as dictionaries."
