@@ -242,8 +242,9 @@ def test_toy_scores_of_the_truth(tmp_path):
     assert {*METRICS, *TRUTH} <= mine.keys() and mine["clip_i"] > other["clip_i"]
 
 
-@pytest.mark.parametrize("text, said", [("{half", "is no benchmark in JSON"), ("[1]", "is no benchmark in JSON"),
-                                        ('{"name": "mine", "cases": []}', "lacks search, prompts, tables, objective")])
+@pytest.mark.parametrize("text, said", [
+    ("{half", "is no benchmark in JSON"), ("[1]", "is no benchmark in JSON"),
+    ('{"name": "mine", "cases": []}', "lacks search, prompts, tables, objective")])
 def test_broken_benchmark_files(tmp_path, text, said):
     (tmp_path/"mine.json").write_text(text)
     with pytest.raises(InputError, match=said): load_bench(str(tmp_path/"mine.json"))
