@@ -54,6 +54,13 @@ def test_every_picture_says_what_it_shows(page):
     assert not silent
 
 
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_first_cell_is_title_and_promise(page):
+    "The site takes its heading from this cell and drops whatever else it holds."
+    first = "".join(json.loads(page.read_text(encoding="utf-8"))["cells"][0]["source"])
+    assert re.fullmatch(r"# .+\n+> .+(\n> .+)*\n*", first)
+
+
 def test_colours_have_one_place():
     "Identity and motion look the same everywhere because no page spells their colours out."
     spelled = re.compile("|".join(COLOURS.values()), re.I)
