@@ -160,7 +160,8 @@ def test_stopped_by_a_signal(home, whole, tmp_path, capsys, monkeypatch, number,
     "The step is finished and saved; one line says so; nothing of the run is lost or changed."
     config = settings(home, tmp_path / "run", save_every=0)
     hook = stop_at(5, number)
-    monkeypatch.setattr("dualreal.trainer.train", lambda config, *_, **__: train(config, hook, progress=False))
+    def stopped(config, *_, **__): return train(config, hook, progress=False)
+    monkeypatch.setattr("dualreal.trainer.train", stopped)
     assert main(command(config)) == status
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("dualreal: stopped after step 5") and "step-5; continue with --resume" in said
