@@ -20,6 +20,7 @@ REMOTE = re.compile(r"(https?:)?//")
 PROC, SPHINX, BUILD, SITE = (ROOT/name for name in ("_proc", "_sphinx", "_build/html", "_docs"))
 CONF = '''
 project = html_title = "dualreal"
+author = "the dualreal authors"
 extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton"]
 root_doc, html_theme, html_static_path = "index", "sphinx_book_theme", ["_static"]
 nb_execution_mode, nb_merge_streams, nb_ipywidgets_js = "off", True, {}
