@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .checkpoint import find_adapter, inferred_config, read_adapter
+from .checkpoint import find_adapter, inferred_config, read_adapter, step_folders
 from .core import InputError, atomic_path
 from .report import cells, heading, markdown, order, plain, read_report
 from .video import read_video, resize_crop, write_video
@@ -38,8 +38,7 @@ SIDE, RATE = 256, 8
 
 def samples_of(folder:Path) -> list[Path]: # of a run
     "Videos that the run made: the final ones, else the newest preview's."
-    previews = sorted(folder.glob("previews/step-*"), key=lambda p: int(re.sub(r"\D", "", p.name) or 0))
-    for home in (folder/"samples", *reversed(previews)):
+    for home in (folder/"samples", *step_folders(folder/"previews")):
         if found := sorted(home.glob("*.mp4")): return found
     return []
 

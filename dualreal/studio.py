@@ -29,7 +29,7 @@ from types import SimpleNamespace
 import ipywidgets as w
 import psutil
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from .backbone import base_size, find_sizes, load_base
 from .checkpoint import find_adapter, load_adapter, read_adapter, step_folders
@@ -94,8 +94,13 @@ def estimate(choices:Choices, device=None) -> str:
         like = CogVideoXTransformer3DModel.from_config(config)
         torch.nn.Module.to(like, pick_dtype(device, None)).requires_grad_(False) # diffusers' own `to` warns
         like.add_adapter(DualRealConfig(rank=size.rank, groups=size.groups))
-    step = StepSize(size.height, size.width, size.frames, size.training.get("micro_batch", 1))
+    step = StepSize(size.height, size.width, size.frames, size.training.get("micro_batch", 1), _stride(folder))
     return str(plan(like, step, choices.memory, device))
+
+def _stride(folder):
+    "By how much the VAE of a base shrinks time and space."
+    vae = AutoencoderKLCogVideoX.load_config(folder/"vae")
+    return vae.get("temporal_compression_ratio", 4), 2 ** (len(vae["block_out_channels"]) - 1)
 
 # %% ../nbs/40_studio.ipynb
 class Training:
@@ -191,8 +196,7 @@ def adapters(out) -> dict: # label -> folder
     found = {run.name: run for run in runs if (run/"run.json").exists()}
     for run in runs:
         for kind in ("previews", "checkpoints"):
-            steps = step_folders(run/kind) if (run/kind).is_dir() else []
-            found |= {f"{run.name}, {kind[:-1]} {p.name}": p for p in steps}
+            found |= {f"{run.name}, {kind[:-1]} {p.name}": p for p in step_folders(run/kind)}
     return found
 
 # %% ../nbs/40_studio.ipynb
@@ -286,8 +290,8 @@ def loss_picture(rows) -> str:
 def newest_preview(run) -> list: # (path, words)
     "The videos of the newest preview, or of the finished run."
     run = Path(run)
-    previews = step_folders(run/"previews") if (run/"previews").is_dir() else []
-    folder = run/"samples" if (run/"run.json").exists() else next(iter(previews), run/"none")
+    previews = iter(step_folders(run/"previews"))
+    folder = run/"samples" if (run/"run.json").exists() else next(previews, run/"none")
     return [(p, f"{folder.name}: {_record(p)['prompt']}") for p in sorted(folder.glob("*.mp4"))
             if p.with_suffix(".json").exists()] # the record comes after the film
 
