@@ -94,7 +94,8 @@ def estimate(choices:Choices, device=None) -> str:
         like = CogVideoXTransformer3DModel.from_config(config)
         torch.nn.Module.to(like, pick_dtype(device, None)).requires_grad_(False) # diffusers' own `to` warns
         like.add_adapter(DualRealConfig(rank=size.rank, groups=size.groups))
-    step = StepSize(size.height, size.width, size.frames, size.training.get("micro_batch", 1), _stride(folder))
+    micro = size.training.get("micro_batch", 1)
+    step = StepSize(size.height, size.width, size.frames, micro, _stride(folder))
     return str(plan(like, step, choices.memory, device))
 
 def _stride(folder):
