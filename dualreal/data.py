@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['EXAMPLES', 'MIN_CLIP', 'LEVELS', 'Item', 'Case', 'identity_files', 'motion_files', 'captions', 'class_word',
-           'motion_words', 'load_case', 'first_frame', 'read_item', 'moving_share', 'check_case', 'format_report',
-           'case_sheet']
+           'motion_words', 'shared_caption', 'load_case', 'first_frame', 'read_item', 'moving_share', 'check_case',
+           'format_report', 'case_sheet']
 
 # %% ../nbs/03_data.ipynb
 import math
@@ -39,8 +39,8 @@ class Case:
     identity: list[Item]  # kind "image"
     motion: list[Item]  # kind "video"
     class_word: str  # "dog"
-    identity_prompt: str  # "dog *", the most frequent caption
-    motion_prompt: str  # "a person is playing guitar", the most frequent caption
+    identity_prompt: str  # "dog *", see `shared_caption`
+    motion_prompt: str  # "a person is playing guitar", or "is playing guitar"
     motion_words: str  # "playing guitar"
     notes: list[str] = field(default_factory=list)  # what was left out, for `check_case`
 
@@ -249,15 +249,34 @@ def motion_words(prompt: str  # a motion caption, "a person is <doing>"
     return (found.group(1) if found else prompt).strip().rstrip(".")
 
 # %% ../nbs/03_data.ipynb
+_SHARED = dict(identity=r"(?=.*\*).*[^\W\d_]", motion=r"\b(?:is|are)\s+\w")  # what the shared words must hold
+
+
+def shared_caption(texts: list[str],  # captions of one half of a case
+                   role: str  # "identity" or "motion"
+                   ) -> str:
+    "What most captions say, or the longest run of words in all of them: `dog *`, `is playing guitar`."
+    most, count = Counter(texts).most_common(1)[0]
+    if 2 * count > len(texts):
+        return most
+    words, padded = texts[0].split(), [f" {' '.join(text.split())} " for text in texts]
+    runs = [(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
+    for i, j in sorted(runs, key=lambda run: run[0] - run[1]):
+        run = " ".join(words[i:j])
+        if re.search(_SHARED[role], run) and all(f" {run} " in text for text in padded):
+            return run
+    return most
+
+# %% ../nbs/03_data.ipynb
 def _items(folder: str | Path,
            role: str,  # "identity" or "motion"
-           prompt: str | None) -> tuple[list[Item], str, list[str]]:  # items, most frequent caption, notes
+           prompt: str | None) -> tuple[list[Item], str, list[str]]:  # items, their shared caption, notes
     "One half of a case."
     files, notes = (identity_files if role == "identity" else motion_files)(folder)
     texts = captions(folder, files, role, prompt)
     kind = "image" if role == "identity" else "video"
     items = [Item(file, kind, text) for file, text in zip(files, texts, strict=True)]
-    return items, Counter(texts).most_common(1)[0][0], notes
+    return items, shared_caption(texts, role), notes
 
 
 def load_case(identity: str | Path,  # folder of the subject's images

@@ -481,31 +481,39 @@ HELD_OUT_SUBJECTS = dict(
 def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, and a `prompts.txt` in both
                subject:str|Subject="teal_cat", # a key of `HELD_OUT_SUBJECTS`, or a subject
                motion:str="swinging", # a motion's name
-               images:int=4, clips:int=6, seed:int=0,
+               images:int=8, clips:int=24, seed:int=0,
                height:int=64, width:int=64, frames:int=9, fps:int=8
               ) -> Path: # the folder
     "Write a customization case as folders of ordinary files."
     folder, rng = Path(folder), np.random.default_rng(seed)
     one = _held_out(subject) if isinstance(subject, str) else subject
-    for i, picture in enumerate(identity_pictures(one, images, rng, height, width)):
+    pictures, places = identity_pictures(one, images, rng, height, width)
+    for i, picture in enumerate(pictures):
         with atomic_path(folder / f"identity/images/{i:02d}.png") as tmp: Image.fromarray(picture).save(tmp)
-    for i, clip in enumerate(motion_clips(motion, clips, rng, frames, height, width)):
-        write_video(folder / f"motion/videos/{i:02d}.mp4", clip, fps)
-    _write_lines(folder / "identity/prompts.txt", [f"{one.kind} *"] * images)
-    _write_lines(folder / "motion/prompts.txt", [f"a creature is {find_motion(motion).phrase}"] * clips)
+    films, says = motion_clips(motion, clips, rng, frames, height, width, unnamed=one.kind)
+    for i, clip in enumerate(films): write_video(folder / f"motion/videos/{i:02d}.mp4", clip, fps)
+    _write_lines(folder / "identity/prompts.txt", [f"{one.kind} * {BACKGROUNDS[p][0]}" for p in places])
+    _write_lines(folder / "motion/prompts.txt", says)
     return folder
 
 # %% ../nbs/02_toyworld.ipynb
-def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=64) -> list:
-    "Pictures of one subject, uint8 (H, W, 3), each in another place, size and tilt."
-    places = [str(p) for p in rng.permutation(list(BACKGROUNDS))]
-    shot = lambda i: render(subject, "still", places[i % 6], 1, height, width, rng, rng.uniform(.27, .34), 2.)
-    return [shot(i)[0][0] for i in range(count)]
+def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=64) -> tuple: # pictures, places
+    "Pictures of one subject, uint8 (H, W, 3), each in another place, size and tilt; and the places' names."
+    order = [str(p) for p in rng.permutation(list(BACKGROUNDS))]
+    places = [order[i % len(order)] for i in range(count)]
+    shot = lambda place: render(subject, "still", place, 1, height, width, rng, rng.uniform(.27, .34), 2.)
+    return [shot(place)[0][0] for place in places], places
 
-def motion_clips(motion:str, count:int, rng, frames:int=9, height:int=64, width:int=64) -> list:
-    "Clips of one motion, uint8 (F, H, W, 3), each by another random subject."
-    place = lambda: str(rng.choice(list(BACKGROUNDS)))
-    return [render(random_subject(rng), motion, place(), frames, height, width, rng)[0] for _ in range(count)]
+def motion_clips(motion:str, count:int, rng, frames:int=9, height:int=64, width:int=64,
+                 unnamed:str="" # a kind that captions call "creature": it must not be taught the motion
+                ) -> tuple: # clips, captions
+    "Clips of one motion, uint8 (F, H, W, 3), each by another random subject; and their captions."
+    films, says = [], []
+    for _ in range(count):
+        subject, place = random_subject(rng), str(rng.choice(list(BACKGROUNDS)))
+        films.append(render(subject, motion, place, frames, height, width, rng)[0])
+        says.append(caption(subject, motion, place, name="creature" if subject.kind == unnamed else None))
+    return films, says
 
 def _held_out(name):
     if name in HELD_OUT_SUBJECTS: return HELD_OUT_SUBJECTS[name]
