@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
+import nbformat
 import pytest
 
 from dualreal.toyworld import write_case
@@ -197,21 +198,20 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(home, port):
-    "`dualreal studio` in the folder `home`."
+def served(command, home, probe): # probe: an address that answers, even with an error, once the server is up
+    "A server in the folder `home`."
     env = {**os.environ, "DUALREAL_CACHE": str(home/"cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dualreal.cli", "studio", "--no-browser", f"--port={port}"]
-    command.append(f"--out={home/'out'}")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    with open(home/"studio.log", "w") as log:
+    with open(home/"server.log", "w") as log:
         server = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             for _ in range(240):
-                try: urllib.request.urlopen(f"http://127.0.0.1:{port}/voila/static/", timeout=1)
+                try: urllib.request.urlopen(probe, timeout=1)
                 except urllib.error.HTTPError: break # it answers
                 except OSError: time.sleep(.25)
-                assert server.poll() is None, (home/"studio.log").read_text()
-            yield f"http://127.0.0.1:{port}/"
+                else: break
+                assert server.poll() is None, (home/"server.log").read_text()
+            yield
         finally: os.killpg(server.pid, signal.SIGTERM)
 
 
@@ -220,7 +220,9 @@ def studio(tmp_path_factory):
     pytest.importorskip("voila", reason="pip install -e '.[studio]'")
     home = tmp_path_factory.mktemp("studio")
     write_case(home/"case", "teal_cat", "swinging", images=3, clips=2)
-    with served(home, free_port()) as url: yield home, url
+    url = f"http://127.0.0.1:{(port := free_port())}/"
+    command = [sys.executable, "-m", "dualreal.cli", "studio", "--no-browser", f"--port={port}", f"--out={home/'out'}"]
+    with served(command, home, url + "voila/static/"): yield home, url
 
 
 def whole(page, name):
@@ -242,6 +244,29 @@ def picture(page, name, wait=60_000):
     return shown.get_attribute("src")
 
 
+def train_20_steps(page):
+    "A run from Start to a video that plays."
+    fill(page, "Steps", 20)
+    fill(page, "Previews", 1)
+    press(page, "Start")
+    picture(page, "Loss by dimension", 120_000)
+    page.get_by_text("Finished: ").wait_for(timeout=120_000)
+    film = page.locator("video").first
+    film.wait_for()
+    film.scroll_into_view_if_needed()  # a film out of sight does not start
+    page.wait_for_function("document.querySelector('video').currentTime > 0")
+    assert page.evaluate("document.querySelector('video').videoWidth") == 64
+
+
+def turn_the_dial(page):
+    "By keyboard, to 0.4: another picture of the weights."
+    before = picture(page, "Identity weight by depth")
+    page.get_by_role("slider").first.focus()
+    for _ in range(4): page.keyboard.press("ArrowRight")
+    page.locator('img[alt*="at dial 0.4"]').wait_for()
+    assert picture(page, "at dial 0.4") != before
+
+
 def test_studio_from_photos_to_video(browser, studio):
     "A wrong folder, a case, 20 steps, the dial, a video, a comparison, the archive."
     home, url = studio
@@ -260,22 +285,8 @@ def test_studio_from_photos_to_video(browser, studio):
         picture(page, "as they are trained on")
         press(page, "Will it fit?")
         page.get_by_text("predicted peak").wait_for(timeout=60_000)
-        fill(page, "Steps", 20)
-        fill(page, "Previews", 1)
-        press(page, "Start")
-        picture(page, "Loss by dimension", 120_000)
-        page.get_by_text("Finished: ").wait_for(timeout=120_000)
-
-        film = page.locator("video").first
-        film.wait_for()
-        film.scroll_into_view_if_needed()  # a film out of sight does not start
-        page.wait_for_function("document.querySelector('video').currentTime > 0")
-        assert page.evaluate("document.querySelector('video').videoWidth") == 64
-        before = picture(page, "Identity weight by depth")
-        page.get_by_role("slider").first.focus()
-        for _ in range(4): page.keyboard.press("ArrowRight")
-        page.locator('img[alt*="at dial 0.4"]').wait_for()
-        assert picture(page, "at dial 0.4") != before
+        train_20_steps(page)
+        turn_the_dial(page)
         fill(page, "Denoising", 4)
         press(page, "Make video")
         page.locator('video[aria-label*="dial 0.4"]').wait_for(timeout=60_000)
@@ -308,3 +319,35 @@ def test_studio_on_a_phone_finds_the_run(browser, studio):
         reached = " | ".join(focused_by_keyboard(page, 40))
         for control in ("Upload images", "Preview", "Start", "Stop", "Make video", "Compare", "Export"):
             assert control in reached, reached
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    "JupyterLab with a notebook of one cell: the studio."
+    pytest.importorskip("jupyterlab", reason="pip install jupyterlab")
+    home = tmp_path_factory.mktemp("lab")
+    write_case(home/"case", "olive_robot", "hopping", images=3, clips=2)
+    cell = nbformat.v4.new_code_cell("from dualreal.studio import studio\nstudio()")
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), home/"studio.ipynb")
+    url = f"http://127.0.0.1:{(port := free_port())}/"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1",
+               "--IdentityProvider.token=", f"--ServerApp.root_dir={home}", "--LabApp.news_url="]
+    with served(command, home, url + "api"): yield home, url
+
+
+def test_studio_in_jupyterlab(browser, lab):
+    "The cell is run, a case is set up, 20 steps, a video, the dial."
+    home, url = lab
+    with tab(browser, urlsplit(url).netloc) as (page, _):  # what JupyterLab itself logs is not ours
+        page.goto(f"{url}lab/tree/studio.ipynb?reset")
+        page.locator(".jp-CodeCell .cm-content").first.click(timeout=90_000)
+        page.keyboard.press("Shift+Enter")
+        ready(page)
+        fill(page, "Images", home/"case"/"identity")
+        fill(page, "Clips", home/"case"/"motion")
+        press(page, "Preview")
+        picture(page, "as they are trained on")
+        train_20_steps(page)
+        turn_the_dial(page)
+        page.screenshot(path=PICTURES/"studio-lab.png")
