@@ -262,6 +262,7 @@ def shared_caption(texts: list[str],  # captions of one half of a case
     words, padded = texts[0].split(), [f" {' '.join(text.split())} " for text in texts]
     runs = [(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
     for i, j in sorted(runs, key=lambda run: run[0] - run[1]):
+        if words[j - 1].lower() in _SILENT: continue  # "is hopping in the"
         run = " ".join(words[i:j])
         if re.search(_SHARED[role], run) and all(f" {run} " in text for text in padded):
             return run
