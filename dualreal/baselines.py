@@ -26,7 +26,7 @@ from .encode import Encoded, encode_frames
 from .generate import trailing
 from .objective import velocity_loss
 from .switch import TrainingSwitch
-from .trainer import Run, Shuffled, TrainConfig, draw_batch, micro_batches, prepare, train_step
+from .trainer import Run, Shuffled, TrainConfig, draw_batch, micro_batches, prepare, rates, train_step
 from .tuner import Conductor, DualRealConfig, blend_weights
 from .tuner import reference as given_reference
 from .video import read_video
@@ -56,12 +56,13 @@ def bare(run:Run) -> Run:
     run.pipe.transformer = fresh.requires_grad_(False).eval()
     return run
 
-def optimise(run:Run, parameters:list, count:int): # count: steps of this phase
+def optimise(run:Run, groups:list, count:int): # groups: of parameters, as `rates`; count: steps of this phase
     "A fresh optimiser and schedule, as in the trainer."
     c = run.config
-    for p in parameters: p.data = p.data.float() # also where the base runs in bfloat16
+    for group in groups:
+        for p in group["params"]: p.data = p.data.float() # also where the base runs in bfloat16
     how = dict(lr=c.lr, betas=(.9, .95), eps=1e-8, weight_decay=c.weight_decay)
-    run.optimizer = torch.optim.AdamW(parameters, **how)
+    run.optimizer = torch.optim.AdamW(groups, **how)
     run.schedule = get_scheduler("cosine_with_restarts", run.optimizer, num_training_steps=count,
                                  num_warmup_steps=min(c.warmup, count // 5))
 
@@ -194,7 +195,7 @@ class Apart(Method):
                                 condition_dim=None if e is None else e.shape[-1], **{other: False})
         torch.manual_seed(c.seed)
         bare(run).pipe.transformer.add_adapter(config)
-        optimise(run, list(adapter_tensors(run.pipe.transformer).values()), count)
+        optimise(run, rates(c, adapter_tensors(run.pipe.transformer)), count)
         run.switch = TrainingSwitch(float(dimension == "motion"), c.seed)
         steps(run, count, on_step=on_step)
         return published_state(run.pipe.transformer)
@@ -226,7 +227,7 @@ class Lora(Apart):
         own = [p for n, p in transformer.named_parameters() if f".{dimension}." in n and "lora_" in n]
         for p in transformer.parameters(): p.requires_grad_(False)
         for p in own: p.requires_grad_(True)
-        optimise(run, own, count)
+        optimise(run, [dict(params=own)], count)
         run.switch = TrainingSwitch(float(dimension == "motion"), run.config.seed)
         steps(run, count, plain_step, on_step)
         return True
@@ -240,7 +241,7 @@ class FullFineTune(Method):
     def tune(self, run, count, step, on_step):
         "Train every weight for `count` steps."
         transformer = bare(run).pipe.transformer.float().requires_grad_(True)
-        optimise(run, list(transformer.parameters()), count)
+        optimise(run, [dict(params=list(transformer.parameters()))], count)
         run.switch = TrainingSwitch(run.config.motion_ratio, run.config.seed)
         steps(run, count, step, on_step)
         transformer.requires_grad_(False)
@@ -362,7 +363,7 @@ METHODS = dict(
     without_stageblender=_ablation("without StageBlender", controller=False),
     without_reference=_ablation("without reference condition", reference_encoder="none"))
 
-SWEEPS = dict(groups=(1, 2, 3, 6, 7, 42), motion_ratio=(.1, .25, .75, .9), rank=(4, 8, 16, 64, 128),
+SWEEPS = dict(groups=(1, 2, 3, 6, 7, 42), motion_ratio=(.1, .25, .5, .75, .9), rank=(4, 8, 16, 64, 128),
               scale=(.05, .5, 1.))
 METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
             for k, values in SWEEPS.items() for v in values}

@@ -295,10 +295,15 @@ def _serial(jobs, out, work):
         else: yield job, None
 
 # %% ../nbs/33_benchmark.ipynb
-def _one_thread():
+def _worker():
+    "One thread for numbers, and one that ends this process when the process that started it is gone."
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     torch.set_num_threads(1)
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 def _pool(jobs, out, workers, work, tries=3):
     "Yields (job, error) as they end. Each thread has its own process: a death is blamed on the right job."
@@ -306,7 +311,7 @@ def _pool(jobs, out, workers, work, tries=3):
     def attempt(job):
         for left in reversed(range(tries)):
             if not hasattr(own, "pool"):
-                own.pool = ProcessPoolExecutor(1, context, _one_thread)
+                own.pool = ProcessPoolExecutor(1, context, _worker)
                 pools.append(own.pool)
             try: return own.pool.submit(run_job, job, out, work).result()
             except BrokenProcessPool:

@@ -6,10 +6,10 @@
 __all__ = ['PUBLISHED', 'EXPLODED', 'TrainConfig', 'completed', 'with_memory', 'joint_prompt', 'Shuffled', 'Run', 'Drawn',
            'draw_batch', 'micro_batches', 'train_step', 'part_loss', 'trainable', 'backward', 'sum_up',
            'clip_gradients', 'check_sound', 'check_out', 'check_same', 'compare', 'prepare', 'check_settings',
-           'trackers', 'out_of_memory', 'facts', 'save_checkpoint', 'checkpoints', 'restore', 'sample', 'save_samples',
-           'save_preview', 'preview_folder', 'balance', 'best_step', 'tradeoff_figure', 'preview', 'read_scores',
-           'reference_rows', 'seen', 'loss_figure', 'scalars', 'train', 'loop', 'checkpoint_if_due', 'stopped',
-           'finish']
+           'trackers', 'rates', 'out_of_memory', 'facts', 'save_checkpoint', 'checkpoints', 'restore', 'sample',
+           'save_samples', 'save_preview', 'preview_folder', 'balance', 'best_step', 'tradeoff_figure', 'preview',
+           'read_scores', 'reference_rows', 'seen', 'loss_figure', 'scalars', 'train', 'loop', 'checkpoint_if_due',
+           'stopped', 'finish']
 
 # %% ../nbs/24_trainer.ipynb
 import importlib.util
@@ -67,12 +67,13 @@ class TrainConfig:
     groups: int | None = None            # n (published 7 of 42 blocks)
     controller: bool = True              # False: fixed weights
     scale: float = 0.2                   # total of the two weights
-    motion_ratio: float = 0.5            # gamma, probability of a motion step
+    motion_ratio: float | None = None    # gamma, probability of a motion step (published 0.5)
     gradient_mask: bool = True           # False: both sides learn at every step
     batch_motion: int | None = None      # clips in a motion step (published 3)
     batch_identity: int | None = None    # images in an identity step (published 1)
     micro_batch: int | None = None       # samples in one forward pass; the gradient stays that of the batch
     lr: float | None = None              # published 1e-3
+    controller_lr: float | None = None   # of the controller; None: the base's own, else as lr
     weight_decay: float = 1e-4
     warmup: int | None = None            # default min(200, steps / 5)
     clip: float = 1.0                    # largest gradient norm
@@ -99,7 +100,7 @@ class TrainConfig:
     resume: bool = False
 
 # %% ../nbs/24_trainer.ipynb
-PUBLISHED = dict(steps=1000, rank=64, groups=7, batch_motion=3, batch_identity=1, micro_batch=1, lr=1e-3)
+PUBLISHED = dict(steps=1000, rank=64, groups=7, motion_ratio=.5, batch_motion=3, batch_identity=1, micro_batch=1, lr=1e-3)
 
 _LEAST = dict(steps=1, rank=1, groups=1, batch_motion=1, batch_identity=1, micro_batch=1, height=1, width=1,
               frames=MIN_CLIP, samples=0, save_every=0, keep=1, preview_every=0, warmup=0, weight_decay=0)
@@ -114,11 +115,9 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
     for name, least in _LEAST.items():
         value = getattr(done, name)
         if not value >= least: raise InputError(f"{name} {value}: give at least {least}") # not: refuses nan
-    for name in ("lr", "clip"):
+    for name in ("lr", "clip", "controller_lr", "fps"):
         value = getattr(done, name)
-        if not 0 < value < math.inf: raise InputError(f"{name} {value}: give a positive number")
-    if done.fps is not None and not 0 < done.fps < math.inf:
-        raise InputError(f"fps {done.fps}: give a positive number")
+        if value is not None and not 0 < value < math.inf: raise InputError(f"{name} {value}: give a positive number")
     for name, known in (("reference_norm", ("clip", "published")), ("fit", (*FITS,))):
         value = getattr(done, name)
         if value not in known: raise InputError(f"{name} {value!r}: give {' or '.join(map(repr, known))}")
@@ -398,13 +397,21 @@ def _attach(run, adapter):
     config, transformer = run.config, run.pipe.transformer
     torch.manual_seed(config.seed)
     transformer.add_adapter(adapter)
-    parameters = list(adapter_tensors(transformer).values())
-    for p in parameters: p.data = p.data.float()
+    for p in adapter_tensors(transformer).values(): p.data = p.data.float()
     _place(run)
-    run.optimizer = adamw(parameters, config.eight_bit, lr=config.lr, betas=(0.9, 0.95), eps=1e-8,
+    groups = rates(config, adapter_tensors(transformer))
+    run.optimizer = adamw(groups, config.eight_bit, lr=config.lr, betas=(0.9, 0.95), eps=1e-8,
                           weight_decay=config.weight_decay)
     run.schedule = get_scheduler("cosine_with_restarts", run.optimizer, num_warmup_steps=config.warmup,
                                  num_training_steps=config.steps)
+
+def rates(config:TrainConfig, tensors:dict) -> list: # tensors: of `adapter_tensors`
+    "AdamW's groups of parameters: the controller may learn at a rate of its own."
+    if config.controller_lr in (None, config.lr): return [dict(params=list(tensors.values()))]
+    parts = {True: [], False: []}
+    for name, p in tensors.items(): parts[name.startswith("controller.")].append(p)
+    found = dict(params=parts[False]), dict(params=parts[True], lr=config.controller_lr)
+    return [group for group in found if group["params"]]
 
 # %% ../nbs/24_trainer.ipynb
 def _place(run):

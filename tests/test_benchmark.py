@@ -185,6 +185,27 @@ def test_killed_worker_of_the_pool(bench, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
+def test_workers_end_with_their_parent(home, bench, tmp_path):
+    "Only the parent is killed; nobody computes on."
+    command = [sys.executable, "-m", "dualreal.cli", "bench", "run", "--bench", str(home / "tiny.json"),
+               "--out", str(tmp_path), "--workers", "2"]
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    going = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    spawned = lambda: [n for p in Path(f"/proc/{going.pid}/task").glob("*/children") for n in p.read_text().split()]
+    there, deadline = lambda: list(tmp_path.rglob("*/*/[!.]*.json")), time.time() + 300
+    while not there() and going.poll() is None and time.time() < deadline: time.sleep(.05)
+    workers = spawned()
+    going.kill()
+    going.wait()
+    assert len(workers) >= 2
+    alive = lambda: [p for p in workers if Path(f"/proc/{p}").exists()]
+    deadline = time.time() + 60
+    while alive() and time.time() < deadline: time.sleep(.2)
+    assert not alive()
+
+
+@pytest.mark.slow
 def test_killed_worker_of_a_ray_cluster(bench, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("DUALREAL_MARK", str(tmp_path))
