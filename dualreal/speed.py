@@ -297,7 +297,7 @@ def start_times(folder, rounds=1) -> dict: # folder: empty, for a drawn case and
     from dualreal.trainer import TrainConfig, prepare, train_step
 
     folder = Path(folder)
-    write_case(folder/"case", "teal_cat", "swinging")
+    write_case(folder/"case", "teal_cat", "swinging", images=4, clips=6)
     found = dict(first=[], second=[])
     for i in range(rounds):
         for which in found:
