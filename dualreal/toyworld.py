@@ -497,7 +497,8 @@ def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, an
     return folder
 
 # %% ../nbs/02_toyworld.ipynb
-def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=64) -> tuple: # pictures, places
+def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=64
+                     ) -> tuple: # pictures, places
     "Pictures of one subject, uint8 (H, W, 3), each in another place, size and tilt; and the places' names."
     order = [str(p) for p in rng.permutation(list(BACKGROUNDS))]
     places = [order[i % len(order)] for i in range(count)]
