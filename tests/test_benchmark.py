@@ -192,7 +192,8 @@ def test_workers_end_with_their_parent(home, bench, tmp_path):
                "--out", str(tmp_path), "--workers", "2"]
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     going = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    spawned = lambda: [n for p in Path(f"/proc/{going.pid}/task").glob("*/children") for n in p.read_text().split()]
+    tasks = Path(f"/proc/{going.pid}/task")
+    spawned = lambda: [n for p in tasks.glob("*/children") for n in p.read_text().split()]
     there, deadline = lambda: list(tmp_path.rglob("*/*/[!.]*.json")), time.time() + 300
     while not there() and going.poll() is None and time.time() < deadline: time.sleep(.05)
     workers = spawned()

@@ -221,7 +221,8 @@ def studio(tmp_path_factory):
     home = tmp_path_factory.mktemp("studio")
     write_case(home/"case", "teal_cat", "swinging", images=3, clips=2)
     url = f"http://127.0.0.1:{(port := free_port())}/"
-    command = [sys.executable, "-m", "dualreal.cli", "studio", "--no-browser", f"--port={port}", f"--out={home/'out'}"]
+    command = [sys.executable, "-m", "dualreal.cli", "studio", "--no-browser", f"--port={port}"]
+    command.append(f"--out={home/'out'}")
     with served(command, home, url + "voila/static/"): yield home, url
 
 
@@ -331,8 +332,8 @@ def lab(tmp_path_factory):
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), home/"studio.ipynb")
     url = f"http://127.0.0.1:{(port := free_port())}/"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={home}", "--LabApp.news_url="]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+               "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={home}", "--LabApp.news_url="]
     with served(command, home, url + "api"): yield home, url
 
 
