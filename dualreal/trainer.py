@@ -100,8 +100,8 @@ class TrainConfig:
     resume: bool = False
 
 # %% ../nbs/24_trainer.ipynb
-PUBLISHED = dict(steps=1000, rank=64, groups=7, motion_ratio=.5, batch_motion=3, batch_identity=1, micro_batch=1,
-                 lr=1e-3)
+PUBLISHED = dict(steps=1000, rank=64, groups=7, motion_ratio=.5, lr=1e-3,
+                 batch_motion=3, batch_identity=1, micro_batch=1)
 
 _LEAST = dict(steps=1, rank=1, groups=1, batch_motion=1, batch_identity=1, micro_batch=1, height=1, width=1,
               frames=MIN_CLIP, samples=0, save_every=0, keep=1, preview_every=0, warmup=0, weight_decay=0)

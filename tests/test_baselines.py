@@ -33,8 +33,8 @@ def home(tmp_path_factory):
 
 
 def config(home, **more):
-    settings = dict(steps=5, seed=1, motion_ratio=.5, batch_identity=2, batch_motion=3, micro_batch=3, lr=1e-3,
-                    samples=0, prompts=list(PROMPTS), cache=str(home / "cache"))
+    settings = dict(steps=5, seed=1, motion_ratio=.5, batch_identity=2, batch_motion=3, micro_batch=3,
+                    lr=1e-3, samples=0, prompts=list(PROMPTS), cache=str(home / "cache"))
     folders = (str(home / part) for part in ("case/identity", "case/motion", "out", "base"))
     return TrainConfig(*folders, **{**settings, **more})
 

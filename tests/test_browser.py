@@ -333,7 +333,8 @@ def lab(tmp_path_factory):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), home/"studio.ipynb")
     url = f"http://127.0.0.1:{(port := free_port())}/"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
-               "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={home}", "--LabApp.news_url="]
+               "--ip=127.0.0.1", "--IdentityProvider.token=", "--LabApp.news_url=",
+               f"--ServerApp.root_dir={home}"]
     with served(command, home, url + "api"): yield home, url
 
 
