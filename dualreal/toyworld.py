@@ -4,15 +4,15 @@
 
 # %% auto 0
 __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESSORIES', 'TONES', 'TAU', 'MOTIONS',
-           'HELD_OUT_MOTIONS', 'COMPOUNDS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'rgb', 'circle', 'ellipse', 'box',
-           'convex', 'union', 'Kind', 'kind', 'Subject', 'layers', 'Motion', 'both', 'plate', 'Truth', 'paint',
-           'tracks', 'find_motion', 'render', 'flow', 'caption', 'random_subject', 'random_caption', 'random_clip',
-           'varied_clip', 'write_case', 'identity_pictures', 'motion_clips']
+           'HELD_OUT_MOTIONS', 'VERBS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'CHARACTERS', 'rgb', 'circle', 'ellipse',
+           'box', 'convex', 'union', 'Kind', 'kind', 'Subject', 'layers', 'Motion', 'plate', 'Truth', 'paint', 'tracks',
+           'find_motion', 'render', 'flow', 'caption', 'random_subject', 'random_caption', 'random_clip', 'named_clip',
+           'write_case', 'identity_pictures', 'motion_clips']
 
 # %% ../nbs/02_toyworld.ipynb
+import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -269,14 +269,50 @@ HELD_OUT_MOTIONS = {name: Motion(phrase, _path(path)) for name, phrase, path in 
     ("tumbling", "tumbling", lambda t, p: (1 - 2 * t, .3 * np.sin(TAU * t + p), 0, -TAU * t)))}
 
 # %% ../nbs/02_toyworld.ipynb
-def both(a:Motion, b:Motion) -> Motion:
-    "One motion on top of the other."
-    path = lambda t, p: tuple(u + v for u, v in zip(a.path(t, p), b.path(t, p)))
-    return Motion(f"{a.phrase} and {b.phrase.removeprefix('moving ')}", path)
+_WORDS = """advancing arcing approaching bobbing bowing bustling cantering cartwheeling charging chasing climbing coasting coiling
+crawling creeping cruising curving dancing darting dashing descending dipping diving dodging drifting ducking escaping fleeing flinching
+flipping floating flowing fluttering flying galloping gliding heaving hobbling hovering hurrying jerking jittering jogging jolting jumping
+landing launching leaping limping looping lunging lurching marching meandering nodding pacing patrolling plunging pouncing prancing
+quivering racing rambling reeling retreating rippling roaming rolling rushing sailing scuttling shuffling sidling sinking skating
+skidding skipping sliding slinking slipping snaking sneaking soaring staggering stomping strolling strutting stumbling surfing swaying
+swerving swooping teetering tilting toppling trotting twirling twisting undulating vaulting veering waddling wandering wavering weaving
+wheeling whirling winding wobbling wriggling""".split()
 
-_ACROSS, _OTHER = ("left", "right", "up", "down", "bouncing", "circling"), ("growing", "shrinking", "rocking")
-COMPOUNDS = {f"{a}+{b}": both(MOTIONS[a], MOTIONS[b]) for a, b in (*product(_ACROSS, _OTHER),
-    *product(("left", "right"), ("up", "down")), ("spinning", "growing"), ("spinning", "shrinking"))}
+_SHAPES = np.sin, lambda a: 1 - 2 * np.abs(np.sin(a / 2)), lambda a: 2 / np.pi * np.arcsin(np.sin(a))
+
+def _line(rng, chance, high):
+    "Of `t` and phase: a drift and a wave, bounce or zigzag, up to `high` from 0; or, without luck, 0."
+    if rng.random() > chance: return lambda t, p: 0 * t
+    shape, pace, start = _SHAPES[rng.integers(3)], rng.choice([.5, 1, 1.5, 2]), rng.uniform(0, TAU)
+    drift, size = rng.uniform(-1, 1) * (rng.random() < .5), rng.choice([-1, 1]) * rng.uniform(.4, 1)
+    raw = lambda t, p: drift * (2 * t - 1) + size * shape(TAU * pace * t + start + p)
+    scale = high * rng.uniform(.7, 1) / np.abs(raw(np.linspace(0, 1, 33), 0)).max()
+    return lambda t, p: scale * raw(t, p)
+
+# %% ../nbs/02_toyworld.ipynb
+def _centred(path, p=0.): # (4, 9): x, y, growth and half the angle, means 0
+    track = np.stack(path(np.linspace(0, 1, 9, dtype=np.float32), p)) * [[1], [1], [1], [.5]]
+    return track - track.mean(1, keepdims=True)
+
+def _like(path, other): # 0: the same path; 1: as far off as standing still
+    "How far a path is from another one, at its best phase."
+    near = lambda p: np.linalg.norm(_centred(path) - _centred(other, p)) / np.linalg.norm(_centred(other, p))
+    return min(near(p) for p in np.linspace(-.35, .35, 5))
+
+def _new_path(rng):
+    x, y, growth, tilt = (_line(rng, chance, high) for chance, high in ((.8, 1.1), (.8, 1.), (.35, 1.), (.3, .7)))
+    turn = rng.choice([-1, -.5, .5, 1]) * TAU * (rng.random() < .25)
+    return _path(lambda t, p: (x(t, p), y(t, p), growth(t, p), tilt(t, p) + turn * t))
+
+def _verbs(seed=0):
+    rng, verbs = np.random.default_rng(seed), {}
+    while len(verbs) < len(_WORDS):
+        path, word = _new_path(rng), _WORDS[len(verbs)]
+        far = min(_like(path, m.path) for m in HELD_OUT_MOTIONS.values()) > .6
+        if far and np.sqrt((_centred(path)**2).sum(0).mean()) > .5: verbs[word] = Motion(word, path)
+    return verbs
+
+VERBS = _verbs()
 
 # %% ../nbs/02_toyworld.ipynb
 def _stage(h, w, top, bottom, ground, ground2, horizon):
@@ -366,10 +402,11 @@ def tracks(motion:str|Motion, # a name, or a `Motion`
     return x, y, 2. ** (.5 * grow), angle + noise(.06)
 
 def find_motion(name:str) -> Motion:
-    "The motion of that name: pretrained, held out, or two at once."
-    known = {**MOTIONS, **HELD_OUT_MOTIONS, **COMPOUNDS}
-    if name not in known: raise InputError(f"toyworld motion {name!r} is none of {', '.join(known)}")
-    return known[name]
+    "The motion of that name: pretrained or held out."
+    known = {**MOTIONS, **HELD_OUT_MOTIONS}
+    if name in known: return known[name]
+    if name in VERBS: return VERBS[name]
+    raise InputError(f"toyworld motion {name!r} is none of {', '.join(known)}, nor one of `VERBS`")
 
 # %% ../nbs/02_toyworld.ipynb
 def render(subject:Subject,
@@ -419,52 +456,6 @@ def caption(subject:Subject,
 def _article(noun): return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 # %% ../nbs/02_toyworld.ipynb
-def random_subject(rng, # numpy Generator
-                   fancy:float=.4, # chance of a pattern, and of an accessory
-                   unnamed:float=0. # chance of a first colour that has no name
-                  ) -> Subject:
-    "A subject that pretraining may see: first colour from the palette, second from palette and neutrals."
-    one = lambda names: str(rng.choice(list(names)))
-    colour = one(PALETTE)
-    if unnamed and rng.random() < unnamed: colour = tuple(int(c) for c in rng.integers(0, 256, 3))
-    second = one(c for c in [*PALETTE, *NEUTRAL] if c != colour)
-    pattern, accessory = (one(t) if rng.random() < fancy else next(iter(t)) for t in (PATTERNS, ACCESSORIES))
-    return Subject(one(KINDS), colour, second, pattern, one(FACES), accessory)
-
-def random_caption(rng, truth:Truth) -> str: # with colour, kind and place each left out now and then
-    "One of the captions that fit what `truth` shows."
-    heard = lambda chance: bool(rng.random() < chance)
-    motion = truth.motion if len(truth.x) > 1 else None
-    text = caption(truth.subject, motion, truth.background if heard(.7) else None, heard(.7),
-        None if heard(.8) else "creature")
-    return text if motion or heard(.6) else text.split(" ", 1)[1] # a picture's caption may lack its article
-
-def random_clip(rng, # numpy Generator
-                picture:float=.15, # chance of a picture: one frame
-                height:int=64, width:int=64, frames:int=9
-               ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
-    "A captioned clip, or a captioned picture, as the first half of pretraining sees it."
-    motion, place = str(rng.choice(list(MOTIONS))), str(rng.choice(list(BACKGROUNDS)))
-    if rng.random() < picture: motion, frames = "still", 1
-    size = rng.uniform(.25, .34)
-    clip, truth = render(random_subject(rng), motion, place, frames, height, width, rng, size)
-    return clip, random_caption(rng, truth), truth
-
-def varied_clip(rng, # numpy Generator
-                picture:float=.15, # chance of a picture: one frame
-                height:int=64, width:int=64, frames:int=9
-               ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
-    "As the second half sees it: pictures at any place and tilt, two motions at once, unnamed colours."
-    among, place = (MOTIONS if rng.random() < .6 else COMPOUNDS), str(rng.choice(list(BACKGROUNDS)))
-    motion, jitter = str(rng.choice(list(among))), 1.6
-    if rng.random() < picture:
-        pose = rng.uniform(-1, 1, 4) * (1.2, 1.2, .8, .9)
-        motion, frames, jitter = Motion("", _path(lambda t, p: pose)), 1, 1.
-    subject = random_subject(rng, .5, unnamed=.3)
-    clip, truth = render(subject, motion, place, frames, height, width, rng, rng.uniform(.24, .34), jitter)
-    return clip, random_caption(rng, truth), truth
-
-# %% ../nbs/02_toyworld.ipynb
 HELD_OUT_SUBJECTS = dict(
     teal_cat=Subject("cat", "teal", "coral", "stripes", "wide", "bow"),
     magenta_bear=Subject("bear", "magenta", "mint", "spots", "dots", "scarf"),
@@ -476,6 +467,73 @@ HELD_OUT_SUBJECTS = dict(
     maroon_mushroom=Subject("mushroom", "maroon", "mint", "spots", "sleepy", "bow"),
     mint_cat=Subject("cat", "mint", "maroon", "half", "cyclops", "scarf"),
     olive_robot=Subject("robot", "olive", "lavender", "diagonal", "wide", "hat"))
+
+# %% ../nbs/02_toyworld.ipynb
+def _any_colour(rng): return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(.25, 1), rng.uniform(.3, 1)))
+
+def _near(a, b): # might be taken for each other
+    off = np.abs(rgb(a.colour) - rgb(b.colour)).max()
+    return a.kind == b.kind and off < 80 and (off < 40 or a.pattern == b.pattern)
+
+def _characters(count=200, seed=0):
+    rng, known = np.random.default_rng(seed), {}
+    one = lambda table: str(rng.choice(list(table)))
+    while len(known) < count:
+        name = "".join(one("bdfgklmnprstvz") + one("aeiou") for _ in range(2))
+        pattern = "plain" if rng.random() < .15 else one([*PATTERNS][1:])
+        worn = "none" if rng.random() < .2 else one([*ACCESSORIES][1:])
+        who = Subject(one(KINDS), _any_colour(rng), _any_colour(rng), pattern, one(FACES), worn)
+        if not any(_near(who, h) for h in HELD_OUT_SUBJECTS.values()): known.setdefault(name, who)
+    return known
+
+CHARACTERS = _characters()
+_NAMES = {who: name for name, who in CHARACTERS.items()}
+
+# %% ../nbs/02_toyworld.ipynb
+def random_subject(rng, # numpy Generator
+                   fancy:float=.4 # chance of a pattern, and of an accessory
+                  ) -> Subject:
+    "A subject that pretraining may see: first colour from the palette, second from palette and neutrals."
+    one = lambda names: str(rng.choice(list(names)))
+    colour = one(PALETTE)
+    second = one(c for c in [*PALETTE, *NEUTRAL] if c != colour)
+    pattern, accessory = (one(t) if rng.random() < fancy else next(iter(t)) for t in (PATTERNS, ACCESSORIES))
+    return Subject(one(KINDS), colour, second, pattern, one(FACES), accessory)
+
+def random_caption(rng, truth:Truth) -> str: # with colour, kind and place each left out now and then
+    "One of the captions that fit what `truth` shows."
+    heard = lambda chance: bool(rng.random() < chance)
+    motion = truth.motion if len(truth.x) > 1 else None
+    name = None if heard(.8) else "creature"
+    if truth.subject in _NAMES: name = f"{name or truth.subject.kind} {_NAMES[truth.subject]}"
+    text = caption(truth.subject, motion, truth.background if heard(.7) else None, heard(.7), name)
+    return text if motion or heard(.6) else text.split(" ", 1)[1] # a picture's caption may lack its article
+
+def random_clip(rng, # numpy Generator
+                picture:float=.15, # chance of a picture: one frame
+                height:int=64, width:int=64, frames:int=9
+               ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
+    "A captioned clip, or a captioned picture, as the first stage of pretraining sees it."
+    motion, place = str(rng.choice(list(MOTIONS))), str(rng.choice(list(BACKGROUNDS)))
+    if rng.random() < picture: motion, frames = "still", 1
+    size = rng.uniform(.25, .34)
+    clip, truth = render(random_subject(rng), motion, place, frames, height, width, rng, size)
+    return clip, random_caption(rng, truth), truth
+
+# %% ../nbs/02_toyworld.ipynb
+def named_clip(rng, # numpy Generator
+               picture:float=.15, # chance of a picture: one frame
+               height:int=64, width:int=64, frames:int=9
+              ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
+    "As the second stage sees it: six of ten subjects have a name, and six of ten clips a verb."
+    one = lambda table: str(rng.choice(list(table)))
+    subject = CHARACTERS[one(CHARACTERS)] if rng.random() < .6 else random_subject(rng, .5)
+    motion, place, jitter = one(VERBS if rng.random() < .6 else MOTIONS), one(BACKGROUNDS), 1.2
+    if rng.random() < picture:
+        pose = rng.uniform(-1, 1, 4) * (1.2, 1.2, .8, .9)
+        motion, frames, jitter = Motion("", _path(lambda t, p: pose)), 1, 1.
+    clip, truth = render(subject, motion, place, frames, height, width, rng, rng.uniform(.25, .34), jitter)
+    return clip, random_caption(rng, truth), truth
 
 # %% ../nbs/02_toyworld.ipynb
 def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, and a `prompts.txt` in both
