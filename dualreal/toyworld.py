@@ -13,6 +13,7 @@ __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESS
 import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -294,10 +295,14 @@ def _centred(path, p=0.): # (4, 9): x, y, growth and half the angle, means 0
     track = np.stack(path(np.linspace(0, 1, 9, dtype=np.float32), p)) * [[1], [1], [1], [.5]]
     return track - track.mean(1, keepdims=True)
 
+@lru_cache
+def _phases(path): # (5, 4, 9): as `_centred`, at several phases
+    return np.stack([_centred(path, p) for p in np.linspace(-.35, .35, 5)])
+
 def _like(path, other): # 0: the same path; 1: as far off as standing still
     "How far a path is from another one, at its best phase."
-    near = lambda p: np.linalg.norm(_centred(path) - _centred(other, p)) / np.linalg.norm(_centred(other, p))
-    return min(near(p) for p in np.linspace(-.35, .35, 5))
+    off = np.linalg.norm(_centred(path) - _phases(other), axis=(1, 2)) / np.linalg.norm(_phases(other), axis=(1, 2))
+    return off.min()
 
 def _new_path(rng):
     x, y, growth, tilt = (_line(rng, chance, high) for chance, high in ((.8, 1.1), (.8, 1.), (.35, 1.), (.3, .7)))

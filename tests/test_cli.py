@@ -211,10 +211,13 @@ def test_interrupted_and_continued(home, trained, case, tmp_path, capsys, monkey
     monkeypatch.undo()
     monkeypatch.setenv("DUALREAL_CACHE", str(home / "cache"))
     assert "seed=42" in complaint(capsys, 2, *train(case, run, "--resume", "--seed", "1"))
-    shutil.copy(case / "identity/images/00.png", case / "identity/images/02.png")
-    (case / "identity/prompts.txt").write_text("cat *\n")
+    captions, extra = case / "identity/prompts.txt", case / "identity/images/02.png"
+    before = captions.read_text()
+    shutil.copy(case / "identity/images/00.png", extra)
+    captions.write_text("cat *\n")
     assert "other images" in complaint(capsys, 2, *train(case, run, "--resume", "--save-every", "2"))
-    (case / "identity/images/02.png").unlink()
+    extra.unlink()
+    captions.write_text(before)
     assert main(train(case, run, "--resume", "--micro-batch", "2", "--samples", "0")) == 0  # same steps
     logs = [json.loads((d / "run.json").read_text())["log"] for d in (run, trained)]
     assert np.allclose(*[[row["loss"] for row in log] for log in logs], rtol=1e-3)

@@ -12,7 +12,7 @@ from dualreal.video import write_video
 
 PAPER = Path(__file__).resolve().parent.parent / "nbs/paper"
 NAMES = sorted(p.stem for p in PAPER.glob("[0-9]*.ipynb"))
-STEPS = (0, 150, 300, 600, 1200)
+STEPS = [int(spec.split("=")[1]) for spec in load_bench("toy").tables["motion_steps"]]
 
 
 def scores(job, video):
@@ -21,8 +21,8 @@ def scores(job, video):
     row = dict.fromkeys(("clip_i", "dino_i", "identity", "motion"), .8 if job.method == "dualreal" else .5)
     if "motion_steps" in job.method:
         done, case = int(job.method.split("=")[1]), job.bench.cases.index(job.case)
-        best = .3 * (done == STEPS[case % 5])
-        row |= dict(identity=.6 - done / 3000 + best, motion=.2 + done / 3000 + best)
+        best, moved = .3 * (done == STEPS[case % 3]), .4 * done / STEPS[-1]
+        row |= dict(identity=.6 - moved + best, motion=.2 + moved + best)
     good = {k: v + noise for k, v in row.items()}
     off = -1 if job.method == "dualreal" else 3
     why = dict(clip_t="no prompt")
