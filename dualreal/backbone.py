@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['SIZES', 'SMALL_FILES', 'VIT_H', 'OPEN_CLIP_FILES', 'asset', 'toy_base_path', 'missing_files', 'find_base',
            'find_sizes', 'load_base', 'BaseSize', 'base_size', 'ReferenceEncoder', 'load_reference_encoder',
-           'byte_tokenizer', 'scheduler_5b', 'tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
+           'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
 
 # %% ../nbs/04_backbone.ipynb
 import json
@@ -233,6 +233,14 @@ def load_reference_encoder(name:str|Path|None=None, # None: the base's own; "non
     "Load the image encoder of the reference condition; `InputError` says what is missing and how to get it."
     name = str(name or _default_encoder(base))
     return None if name == "none" else ReferenceEncoder(*_open_clip(name), name, device)
+
+# %% ../nbs/04_backbone.ipynb
+def reference_width(base:str|Path="toy") -> int|None: # None: the base takes no reference
+    "Length of the embedding that a base's own reference encoder gives."
+    name = _default_encoder(base)
+    if name == "none": return None
+    note = (asset("toy-clip") if name == "toy" else Path(name)) / "open_clip_config.json"
+    return json.loads(note.read_text(encoding="utf-8"))["model_cfg"]["embed_dim"] if note.is_file() else 1024 # ViT-H-14
 
 # %% ../nbs/04_backbone.ipynb
 def byte_tokenizer(max_tokens:int=64 # length of a padded prompt

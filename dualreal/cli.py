@@ -87,6 +87,7 @@ _FLAGS = dict(
     micro_batch=(int, "samples in one forward pass: the same step in less memory"),
     lr=(float, "learning rate"), weight_decay=(float, "of AdamW"),
     controller_lr=(float, "learning rate of the controller (default: the base's own, else as --lr)"),
+    up_lr_ratio=(float, "learning rate of the up layers over --lr (default: the base's own, else 1)"),
     warmup=(int, "steps (default: a fifth of all, at most 200)"), clip=(float, "largest gradient norm"),
     height=(int, "of the frames, in pixels"), width=(int, "likewise"), frames=(int, "at most, per clip"),
     fps=(float, "take clips' frames at this rate (default: every frame)"),

@@ -31,7 +31,7 @@ import psutil
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-from .backbone import base_size, find_sizes, load_base
+from .backbone import base_size, find_sizes, load_base, reference_width
 from .checkpoint import find_adapter, load_adapter, read_adapter, step_folders
 from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
 from .data import case_sheet, check_case, format_report, load_case
@@ -93,7 +93,8 @@ def estimate(choices:Choices, device=None) -> str:
         config = CogVideoXTransformer3DModel.load_config(folder/"transformer")
         like = CogVideoXTransformer3DModel.from_config(config)
         torch.nn.Module.to(like, pick_dtype(device, None)).requires_grad_(False) # diffusers' own `to` warns
-        like.add_adapter(DualRealConfig(rank=size.rank, groups=size.groups))
+        like.add_adapter(DualRealConfig(rank=size.rank, groups=size.groups,
+                                        condition_dim=reference_width(choices.base)))
     micro = size.training.get("micro_batch", 1)
     step = StepSize(size.height, size.width, size.frames, micro, _stride(folder))
     return str(plan(like, step, choices.memory, device))

@@ -74,6 +74,7 @@ class TrainConfig:
     micro_batch: int | None = None       # samples in one forward pass; the gradient stays that of the batch
     lr: float | None = None              # published 1e-3
     controller_lr: float | None = None   # of the controller; None: the base's own, else as lr
+    up_lr_ratio: float | None = None     # the up layers' rate over lr; None: the base's own, else 1
     weight_decay: float = 1e-4
     warmup: int | None = None            # default min(200, steps / 5)
     clip: float = 1.0                    # largest gradient norm
@@ -116,7 +117,7 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
     for name, least in _LEAST.items():
         value = getattr(done, name)
         if not value >= least: raise InputError(f"{name} {value}: give at least {least}") # not: refuses nan
-    for name in ("lr", "clip", "controller_lr", "fps"):
+    for name in ("lr", "clip", "controller_lr", "up_lr_ratio", "fps"):
         value = getattr(done, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} {value}: give a positive number")
@@ -408,12 +409,13 @@ def _attach(run, adapter):
                                  num_training_steps=config.steps)
 
 def rates(config:TrainConfig, tensors:dict) -> list: # tensors: of `adapter_tensors`
-    "AdamW's groups of parameters: the controller may learn at a rate of its own."
-    if config.controller_lr in (None, config.lr): return [dict(params=list(tensors.values()))]
-    parts = {True: [], False: []}
-    for name, p in tensors.items(): parts[name.startswith("controller.")].append(p)
-    found = dict(params=parts[False]), dict(params=parts[True], lr=config.controller_lr)
-    return [group for group in found if group["params"]]
+    "AdamW's groups of parameters: the controller and the up layers may learn at rates of their own."
+    def own(name):
+        if name.startswith("controller."): return config.controller_lr or config.lr
+        return config.lr * (config.up_lr_ratio or 1) if ".up_linear." in name else config.lr
+    groups = {config.lr: []} # first: its rate is the one that the log shows
+    for name, p in tensors.items(): groups.setdefault(own(name), []).append(p)
+    return [dict(params=group, lr=lr) for lr, group in groups.items() if group]
 
 # %% ../nbs/24_trainer.ipynb
 def _place(run):
