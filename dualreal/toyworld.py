@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESSORIES', 'TONES', 'TAU', 'MOTIONS',
-           'HELD_OUT_MOTIONS', 'VERBS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'CHARACTERS', 'rgb', 'circle', 'ellipse',
-           'box', 'convex', 'union', 'Kind', 'kind', 'Subject', 'layers', 'Motion', 'plate', 'Truth', 'paint', 'tracks',
-           'find_motion', 'render', 'flow', 'caption', 'random_subject', 'random_caption', 'random_clip', 'named_clip',
+           'HELD_OUT_MOTIONS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'rgb', 'circle', 'ellipse', 'box', 'convex', 'union',
+           'Kind', 'kind', 'Subject', 'layers', 'Motion', 'verbs', 'plate', 'Truth', 'paint', 'tracks', 'find_motion',
+           'render', 'flow', 'caption', 'characters', 'random_subject', 'random_caption', 'random_clip', 'named_clip',
            'write_case', 'identity_pictures', 'motion_clips']
 
 # %% ../nbs/02_toyworld.ipynb
@@ -309,15 +309,15 @@ def _new_path(rng):
     turn = rng.choice([-1, -.5, .5, 1]) * TAU * (rng.random() < .25)
     return _path(lambda t, p: (x(t, p), y(t, p), growth(t, p), tilt(t, p) + turn * t))
 
-def _verbs(seed=0):
-    rng, verbs = np.random.default_rng(seed), {}
-    while len(verbs) < len(_WORDS):
-        path, word = _new_path(rng), _WORDS[len(verbs)]
+@lru_cache
+def verbs(seed:int=0) -> dict: # word -> `Motion`
+    "A hundred and ten verbs and their paths."
+    rng, known = np.random.default_rng(seed), {}
+    while len(known) < len(_WORDS):
+        path, word = _new_path(rng), _WORDS[len(known)]
         far = min(_like(path, m.path) for m in HELD_OUT_MOTIONS.values()) > .6
-        if far and np.sqrt((_centred(path)**2).sum(0).mean()) > .5: verbs[word] = Motion(word, path)
-    return verbs
-
-VERBS = _verbs()
+        if far and np.sqrt((_centred(path)**2).sum(0).mean()) > .5: known[word] = Motion(word, path)
+    return known
 
 # %% ../nbs/02_toyworld.ipynb
 def _stage(h, w, top, bottom, ground, ground2, horizon):
@@ -410,8 +410,8 @@ def find_motion(name:str) -> Motion:
     "The motion of that name: pretrained or held out."
     known = {**MOTIONS, **HELD_OUT_MOTIONS}
     if name in known: return known[name]
-    if name in VERBS: return VERBS[name]
-    raise InputError(f"toyworld motion {name!r} is none of {', '.join(known)}, nor one of `VERBS`")
+    if name in _WORDS: return verbs()[name]
+    raise InputError(f"toyworld motion {name!r} is none of {', '.join(known)}, and no verb")
 
 # %% ../nbs/02_toyworld.ipynb
 def render(subject:Subject,
@@ -480,7 +480,9 @@ def _near(a, b): # might be taken for each other
     off = np.abs(rgb(a.colour) - rgb(b.colour)).max()
     return a.kind == b.kind and off < 80 and (off < 40 or a.pattern == b.pattern)
 
-def _characters(count=200, seed=0):
+@lru_cache
+def characters(count:int=200, seed:int=0) -> dict: # name -> `Subject`
+    "Subjects with names."
     rng, known = np.random.default_rng(seed), {}
     one = lambda table: str(rng.choice(list(table)))
     while len(known) < count:
@@ -491,8 +493,8 @@ def _characters(count=200, seed=0):
         if not any(_near(who, h) for h in HELD_OUT_SUBJECTS.values()): known.setdefault(name, who)
     return known
 
-CHARACTERS = _characters()
-_NAMES = {who: name for name, who in CHARACTERS.items()}
+@lru_cache
+def _names(): return {who: name for name, who in characters().items()}
 
 # %% ../nbs/02_toyworld.ipynb
 def random_subject(rng, # numpy Generator
@@ -510,7 +512,7 @@ def random_caption(rng, truth:Truth) -> str: # with colour, kind and place each 
     heard = lambda chance: bool(rng.random() < chance)
     motion = truth.motion if len(truth.x) > 1 else None
     name = None if heard(.8) else "creature"
-    if truth.subject in _NAMES: name = f"{name or truth.subject.kind} {_NAMES[truth.subject]}"
+    if truth.subject in _names(): name = f"{name or truth.subject.kind} {_names()[truth.subject]}"
     text = caption(truth.subject, motion, truth.background if heard(.7) else None, heard(.7), name)
     return text if motion or heard(.6) else text.split(" ", 1)[1] # a picture's caption may lack its article
 
@@ -532,8 +534,8 @@ def named_clip(rng, # numpy Generator
               ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
     "As the second stage sees it: six of ten subjects have a name, and six of ten clips a verb."
     one = lambda table: str(rng.choice(list(table)))
-    subject = CHARACTERS[one(CHARACTERS)] if rng.random() < .6 else random_subject(rng, .5)
-    motion, place, jitter = one(VERBS if rng.random() < .6 else MOTIONS), one(BACKGROUNDS), 1.2
+    subject = characters()[one(characters())] if rng.random() < .6 else random_subject(rng, .5)
+    motion, place, jitter = one(verbs() if rng.random() < .6 else MOTIONS), one(BACKGROUNDS), 1.2
     if rng.random() < picture:
         pose = rng.uniform(-1, 1, 4) * (1.2, 1.2, .8, .9)
         motion, frames, jitter = Motion("", _path(lambda t, p: pose)), 1, 1.

@@ -98,6 +98,16 @@ def test_merged_lora_is_the_sum_of_its_parts(home):
     torch.testing.assert_close(output(bare), merged, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec, ends", [("lora_qk", ["to_q", "to_k"]), ("lora_vo", ["to_v", "to_out.0"]),
+                                        ("lora_ff", ["ff.net.0.proj", "ff.net.2"])])
+def test_lora_changes_its_part_of_each_block_only(home, spec, ends):
+    _, run = trained(home, spec)
+    adapted = [n for n, m in run.pipe.transformer.named_modules() if hasattr(m, "lora_A")]
+    blocks = range(len(run.pipe.transformer.transformer_blocks))
+    parts = [f"attn1.{end}" if end.startswith("to_") else end for end in ends]
+    assert sorted(adapted) == sorted(f"transformer_blocks.{i}.{part}" for i in blocks for part in parts)
+
+
 @pytest.mark.parametrize("spec", ["isolated", "without_dual_aware"])
 def test_sides_are_alone_and_keep_their_strength(home, spec):
     "At strength 0 of both the base is back; one side alone does not depend on the other's training."
