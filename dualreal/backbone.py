@@ -240,7 +240,8 @@ def reference_width(base:str|Path="toy") -> int|None: # None: the base takes no 
     name = _default_encoder(base)
     if name == "none": return None
     note = (asset("toy-clip") if name == "toy" else Path(name)) / "open_clip_config.json"
-    return json.loads(note.read_text(encoding="utf-8"))["model_cfg"]["embed_dim"] if note.is_file() else 1024 # ViT-H-14
+    if not note.is_file(): return 1024 # ViT-H-14
+    return json.loads(note.read_text(encoding="utf-8"))["model_cfg"]["embed_dim"]
 
 # %% ../nbs/04_backbone.ipynb
 def byte_tokenizer(max_tokens:int=64 # length of a padded prompt

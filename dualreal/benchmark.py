@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from . import metrics
-from .backbone import find_base
+from .backbone import base_size, find_base
 from .baselines import Method, find_method, seen
 from .core import InputError, content_hash, environment, pick_device, write_json
 from .data import load_case
@@ -102,9 +102,9 @@ FORMAT = 1 # of a result; a change in what scores mean is a new number
 
 @lru_cache
 def base_print(base:str) -> str:
-    "A fingerprint of a base: names, sizes and both ends of its files."
+    "A fingerprint of a base: names, sizes and both ends of its files; its note of sizes is read instead."
     folder, parts = find_base(base), []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "dualreal.json"):
         with open(path, "rb") as f:
             head, _ = f.read(2**16), f.seek(max(0, path.stat().st_size - 2**16))
             parts += [path.relative_to(folder).as_posix(), path.stat().st_size, head, f.read()]
@@ -124,9 +124,11 @@ class Job:
         "What determines the result, JSON-able."
         b, method = self.bench, find_method(self.method)
         own = ("steps", "sampling", "videos", "batch", "images", "clips", "scorer")
+        sizes = asdict(base_size(find_base(b.base)))
+        if self.lr is not None: sizes["training"].pop("lr", None) # not used
         return dict({k: getattr(b, k) for k in own}, format=FORMAT, method=method.described(), lr=self.lr,
-                    case=self.case, seed=self.seed, base=base_print(b.base), prompts=list(b.prompts),
-                    data=b.data)
+                    case=self.case, seed=self.seed, base=base_print(b.base), sizes=sizes,
+                    prompts=list(b.prompts), data=b.data)
 
     @property
     def key(self) -> str: return content_hash(self.settings)[:16]

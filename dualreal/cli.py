@@ -419,9 +419,11 @@ def _card_flags(p):
 # %% ../nbs/41_cli.ipynb
 def run_demo(args):
     "dualreal demo: photos and clips to videos, on the toy base."
+    from dualreal.backbone import base_size, find_base
     from dualreal.toyworld import write_case
     from dualreal.trainer import TrainConfig, train
     out, start = Path(args.out), time.perf_counter()
+    args.steps = args.steps or base_size(find_base("toy")).training["steps"]
     _check_demo(args, out)
     print(f"toy demo: subject {args.subject}, motion {args.motion}; both unknown to the toy base")
     if not (out/"run"/"config.json").exists(): write_case(out/"case", args.subject, args.motion)
@@ -445,7 +447,7 @@ def _check_demo(args, out):
     note = check_writable(out, "give another --out folder")/"demo.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     for k in before:
-        if before[k] != getattr(args, k):
+        if before[k] not in (None, getattr(args, k)): # None: as earlier versions wrote the base's own steps
             raise InputError(f"{out} holds a demo with {k} {before[k]}: give that, or another --out folder")
 
 # %% ../nbs/41_cli.ipynb

@@ -17,21 +17,19 @@ import shutil
 import sys
 import tempfile as _tempfile
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from enum import Enum
+from datetime import UTC, datetime
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb
-class Dimension(str, Enum):
+class Dimension(StrEnum):
     "The two dimensions of a customization case."
     identity = "identity"
     motion = "motion"
 
     @property
     def other(self): return Dimension.motion if self is Dimension.identity else Dimension.identity
-
-    def __str__(self): return self.value
 
 # %% ../nbs/00_core.ipynb
 COLOURS = dict(identity="#7b3294", motion="#e66101")
@@ -141,7 +139,7 @@ def _version(package):
 def environment() -> dict:
     "Versions, machine and date (UTC) for a record."
     import torch
-    return dict(date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    return dict(date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 python=platform.python_version(), platform=platform.platform(), cores=os.cpu_count(),
                 cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

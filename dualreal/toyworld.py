@@ -270,14 +270,16 @@ HELD_OUT_MOTIONS = {name: Motion(phrase, _path(path)) for name, phrase, path in 
     ("tumbling", "tumbling", lambda t, p: (1 - 2 * t, .3 * np.sin(TAU * t + p), 0, -TAU * t)))}
 
 # %% ../nbs/02_toyworld.ipynb
-_WORDS = """advancing arcing approaching bobbing bowing bustling cantering cartwheeling charging chasing climbing coasting coiling
-crawling creeping cruising curving dancing darting dashing descending dipping diving dodging drifting ducking escaping fleeing flinching
-flipping floating flowing fluttering flying galloping gliding heaving hobbling hovering hurrying jerking jittering jogging jolting jumping
-landing launching leaping limping looping lunging lurching marching meandering nodding pacing patrolling plunging pouncing prancing
-quivering racing rambling reeling retreating rippling roaming rolling rushing sailing scuttling shuffling sidling sinking skating
-skidding skipping sliding slinking slipping snaking sneaking soaring staggering stomping strolling strutting stumbling surfing swaying
-swerving swooping teetering tilting toppling trotting twirling twisting undulating vaulting veering waddling wandering wavering weaving
-wheeling whirling winding wobbling wriggling""".split()
+_WORDS = """advancing arcing approaching bobbing bowing bustling cantering cartwheeling charging chasing
+climbing coasting coiling crawling creeping cruising curving dancing darting dashing descending dipping
+diving dodging drifting ducking escaping fleeing flinching flipping floating flowing fluttering flying
+galloping gliding heaving hobbling hovering hurrying jerking jittering jogging jolting jumping landing
+launching leaping limping looping lunging lurching marching meandering nodding pacing patrolling
+plunging pouncing prancing quivering racing rambling reeling retreating rippling roaming rolling rushing
+sailing scuttling shuffling sidling sinking skating skidding skipping sliding slinking slipping snaking
+sneaking soaring staggering stomping strolling strutting stumbling surfing swaying swerving swooping
+teetering tilting toppling trotting twirling twisting undulating vaulting veering waddling wandering
+wavering weaving wheeling whirling winding wobbling wriggling""".split()
 
 _SHAPES = np.sin, lambda a: 1 - 2 * np.abs(np.sin(a / 2)), lambda a: 2 / np.pi * np.arcsin(np.sin(a))
 
@@ -301,11 +303,12 @@ def _phases(path): # (5, 4, 9): as `_centred`, at several phases
 
 def _like(path, other): # 0: the same path; 1: as far off as standing still
     "How far a path is from another one, at its best phase."
-    off = np.linalg.norm(_centred(path) - _phases(other), axis=(1, 2)) / np.linalg.norm(_phases(other), axis=(1, 2))
-    return off.min()
+    size = lambda tracks: np.linalg.norm(tracks, axis=(1, 2))
+    return (size(_centred(path) - _phases(other)) / size(_phases(other))).min()
 
 def _new_path(rng):
-    x, y, growth, tilt = (_line(rng, chance, high) for chance, high in ((.8, 1.1), (.8, 1.), (.35, 1.), (.3, .7)))
+    luck = (.8, 1.1), (.8, 1.), (.35, 1.), (.3, .7)
+    x, y, growth, tilt = (_line(rng, chance, high) for chance, high in luck)
     turn = rng.choice([-1, -.5, .5, 1]) * TAU * (rng.random() < .25)
     return _path(lambda t, p: (x(t, p), y(t, p), growth(t, p), tilt(t, p) + turn * t))
 
@@ -474,7 +477,9 @@ HELD_OUT_SUBJECTS = dict(
     olive_robot=Subject("robot", "olive", "lavender", "diagonal", "wide", "hat"))
 
 # %% ../nbs/02_toyworld.ipynb
-def _any_colour(rng): return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(.25, 1), rng.uniform(.3, 1)))
+def _any_colour(rng):
+    hsv = rng.random(), rng.uniform(.25, 1), rng.uniform(.3, 1)
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(*hsv))
 
 def _near(a, b): # might be taken for each other
     off = np.abs(rgb(a.colour) - rgb(b.colour)).max()
