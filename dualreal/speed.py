@@ -309,8 +309,12 @@ def start_times(folder, rounds=1) -> dict: # folder: empty, for a drawn case and
 # %% ../nbs/35_speed.ipynb
 def counted_flops(transformer, given:dict) -> int:
     "Operations of a forward and backward pass, counted by PyTorch."
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: our_step(transformer, given, micro=len(given["latents"]))
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+    cpu = "_scaled_dot_product_flash_attention_for_cpu" # PyTorch counts it from 2.15 on
+    also = {getattr(torch.ops.aten, cpu): lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+            getattr(torch.ops.aten, f"{cpu}_backward"):
+                lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=also) as counter: our_step(transformer, given, micro=len(given["latents"]))
     transformer.zero_grad()
     return counter.get_total_flops()
 
