@@ -39,7 +39,7 @@ def errors(form, dtype, seed=3):
 
 def test_no_further_from_the_truth():
     """Rounding: float32 to 1e-5, and in bfloat16 no further from float64 than the plain form; ten adapters.
-    Without AVX-512 PyTorch rounds its sums in bfloat16 more often: 1.06 of the plain form's error was measured there."""
+    A CPU without AVX-512 sums bfloat16 otherwise: there 1.06 of the plain form's error was measured."""
     more = 1.05 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 1.1
     assert max(errors(lambda t: t, torch.float32)) < 1e-5
     forms = (lambda t: t), plainly
