@@ -314,7 +314,8 @@ def counted_flops(transformer, given:dict) -> int:
     also = {getattr(torch.ops.aten, cpu): lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
             getattr(torch.ops.aten, f"{cpu}_backward"):
                 lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=also) as counter: our_step(transformer, given, micro=len(given["latents"]))
+    with FlopCounterMode(display=False, custom_mapping=also) as counter:
+        our_step(transformer, given, micro=len(given["latents"]))
     transformer.zero_grad()
     return counter.get_total_flops()
 

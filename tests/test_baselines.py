@@ -174,7 +174,7 @@ def test_boxes_and_bias():
 
 def test_table_of_methods():
     for name, method in METHODS.items():
-        assert method.tuned_as in (None, "dualreal"), name
+        assert method.tuned_as in (None, "dualreal", "lora"), name
         assert method.tuned_as is None or not METHODS[method.tuned_as].tuned_as
     texts = [str(find_method(name).described()) for name in METHODS]
     assert len(set(texts)) == len(texts)
