@@ -4,6 +4,7 @@ Needs Debian's chromium (`apt-get install chromium`; `.ci/run` does it) or anoth
 Pictures of the pages go to `screenshots/`.
 """
 import os
+import re
 import shutil
 import signal
 import socket
@@ -344,8 +345,11 @@ def test_studio_in_jupyterlab(browser, lab):
     home, url = lab
     with tab(browser, urlsplit(url).netloc) as (page, _):  # what JupyterLab itself logs is not ours
         page.goto(f"{url}lab/tree/studio.ipynb?reset")
-        page.locator(".jp-CodeCell .cm-content").first.click(timeout=240_000)
+        # a cell that is run before its kernel answers is not run at all
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=240_000)
+        page.locator(".jp-CodeCell .cm-content").first.click()
         page.keyboard.press("Shift+Enter")
+        page.locator(".jp-CodeCell .jp-InputPrompt").get_by_text(re.compile(r"\[[*\d]")).first.wait_for()
         ready(page)
         fill(page, "Images", home/"case"/"identity")
         fill(page, "Clips", home/"case"/"motion")
