@@ -82,7 +82,7 @@ _FLAGS = dict(
     reference_norm=(str, "clip, or published: as public checkpoints were trained"),
     rank=(int, "width of the bottlenecks"), groups=(int, "groups of blocks with weights of their own"),
     motion_ratio=(float, "probability of a motion step (published 0.5)"),
-    scale=(float, "total of both weights (default: 0.2)"),
+    scale=(float, "total of both weights (default: the base's own, else 0.2)"),
     batch_motion=(int, "clips in a motion step"), batch_identity=(int, "images in an identity step"),
     micro_batch=(int, "samples in one forward pass: the same step in less memory"),
     lr=(float, "learning rate"), weight_decay=(float, "of AdamW"),

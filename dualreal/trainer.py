@@ -66,7 +66,7 @@ class TrainConfig:
     rank: int | None = None              # r (published 64)
     groups: int | None = None            # n (published 7 of 42 blocks)
     controller: bool = True              # False: fixed weights
-    scale: float = 0.2                   # total of the two weights
+    scale: float | None = None           # total of the two weights (published 0.2)
     motion_ratio: float | None = None    # gamma, probability of a motion step (published 0.5)
     gradient_mask: bool = True           # False: both sides learn at every step
     batch_motion: int | None = None      # clips in a motion step (published 3)
@@ -101,7 +101,7 @@ class TrainConfig:
     resume: bool = False
 
 # %% ../nbs/24_trainer.ipynb
-PUBLISHED = dict(steps=1000, rank=64, groups=7, motion_ratio=.5, lr=1e-3,
+PUBLISHED = dict(steps=1000, rank=64, groups=7, scale=.2, motion_ratio=.5, lr=1e-3,
                  batch_motion=3, batch_identity=1, micro_batch=1)
 
 _LEAST = dict(steps=1, rank=1, groups=1, batch_motion=1, batch_identity=1, micro_batch=1, height=1, width=1,

@@ -6,13 +6,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTICE = "<!-- Made by tools/readme.py from nbs/index.ipynb: edit the notebook. -->"
+HERE = "](https://github.com/dualreal/dualreal/blob/main/"  # a file of the root: no page of the site
 LINK = re.compile(r"(\]\(|src=\")(?!https?:|mailto:|#|/)([^)\"]+)")
 
 
 def from_root(markdown: str) -> str:
     "Links of a notebook in nbs/ as links of a file in the root."
     def move(match): return match[1] + (Path("nbs")/match[2]).as_posix().replace("nbs/../", "")
-    return LINK.sub(move, markdown)
+    return LINK.sub(move, markdown).replace(HERE, "](")
 
 
 def cell_text(cell: dict) -> str:
