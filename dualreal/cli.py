@@ -367,12 +367,13 @@ def _settings(tensors, info, path):
 # %% ../nbs/41_cli.ipynb
 def run_convert(args):
     "dualreal convert: between our file and the published dictionary; --fold for one reference."
-    from dualreal.checkpoint import read_adapter
+    from dualreal.checkpoint import SCALE, read_adapter
     target, (tensors, info, stored) = Path(args.target), read_adapter(args.source)
     if target.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{target}: the target must end in .safetensors or .pth")
     if target.is_dir(): raise InputError(f"{target}: is a folder; give the name of a file")
     info = dict(info, config=_settings(tensors, info, args.source))
+    tensors.pop(SCALE, None) # the configuration has it
     if args.fold: tensors, info, stored = _fold(args, tensors, info, stored)
     elif args.reference: raise InputError("--reference is for --fold: a converted file keeps its own")
     _write_adapter(target, tensors, info, stored)
@@ -391,11 +392,11 @@ def _write_adapter(target, tensors, info, reference):
     import torch
     from safetensors.torch import save_file
 
-    from dualreal.checkpoint import REFERENCE
+    from dualreal.checkpoint import REFERENCE, with_scale
     from dualreal.core import atomic_path
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     with atomic_path(target) as tmp:
-        if target.suffix == ".pth": torch.save(tensors, tmp) # has no place for anything else
+        if target.suffix == ".pth": torch.save(with_scale(tensors, info["config"]["scale"]), tmp) # and nothing else
         else:
             if reference is not None: tensors[REFERENCE] = reference
             save_file(tensors, tmp, {"format": "pt", "dualreal": json.dumps(info, default=str)})

@@ -378,6 +378,7 @@ def test_adapter_of_another_base(trained, tmp_path, capsys):
 
 
 def test_published_file(trained, tmp_path, capsys):
+    from dualreal.checkpoint import read_adapter
     assert main(["convert", str(trained), str(tmp_path / "adapter.pth")]) == 0
     assert main(generate(tmp_path / "adapter.pth", tmp_path / "a.mp4", "--base", "toy")) == 0
     assert "condition absent" in capsys.readouterr().out
@@ -386,6 +387,8 @@ def test_published_file(trained, tmp_path, capsys):
     assert "published dictionary" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "adapter.pth"), str(tmp_path / "back.safetensors")]) == 0
     assert main(["inspect", str(tmp_path / "back.safetensors")]) == 0
+    (ours, info, _), (back, told, _) = map(read_adapter, (trained, tmp_path / "back.safetensors"))
+    assert ours.keys() == back.keys() and told["config"]["scale"] == info["config"]["scale"] != .2 # the toy base's own
     assert ".safetensors or .pth" in complaint(capsys, 2, "convert", trained, tmp_path / "adapter.bin")
 
 
