@@ -143,6 +143,7 @@ class Method:
     title: str
     settings: dict = field(default_factory=dict)      # of `TrainConfig`
     tuned_as: str | None = None                       # whose learning rate it takes; None: its own
+    ignores = "scale", "up_lr_ratio", "controller_lr" # what a base may ask of bottlenecks only
 
     def described(self) -> dict:
         "What determines the method's results, JSON-able."
@@ -164,6 +165,8 @@ class Method:
 @dataclass(frozen=True)
 class DualReal(Method):
     "The method itself, and those of its ablations that are a setting."
+    ignores = ()
+
     def train(self, run, on_step=None): steps(run, run.config.steps, on_step=on_step)
 
 # %% ../nbs/32_baselines.ipynb
@@ -172,6 +175,7 @@ class Apart(Method):
     "One-sided bottlenecks, each trained in its own run, both active at inference."
     strengths: tuple = (1., 1.)         # of identity and motion at inference, times their weights
     motion_steps: int | None = None     # None: as many as DualReal draws
+    ignores = ()
 
     def counts(self, run):
         "Steps of each run."
@@ -210,6 +214,7 @@ class Apart(Method):
 class Lora(Apart):
     "One LoRA per dimension, trained apart, merged at inference."
     targets: tuple = ("to_q", "to_k", "to_v", "to_out.0")
+    ignores = Method.ignores
 
     def train(self, run, on_step=None):
         bare(run)

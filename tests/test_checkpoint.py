@@ -100,6 +100,16 @@ def test_folders(tmp_path):
     refused(tmp_path, "more than one adapter file .b.safetensors, c.safetensors.")
 
 
+def test_a_published_file_with_another_total(tmp_path):
+    "Published code knows one total; a file of another one says so, and is refused where only the names are looked at."
+    for total, more in ((.2, set()), (.5, {"scale"})):
+        file = save_adapter(adapted(dict(CONFIGS["default"], scale=total)), tmp_path / "a.pth")
+        assert set(torch.load(file, weights_only=True)) == set(WEIGHTS) | more
+        assert load_adapter(stock(), file).scale == total
+    assert load_adapter(stock(), file, scale=.3).scale == .3
+    refused({**WEIGHTS, "scale": torch.ones(2)}, "scale has 2 numbers, not one")
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_and_foreign_files(tmp_path):
     whole = save_adapter(adapted(), tmp_path / "whole.safetensors").read_bytes()
