@@ -101,7 +101,7 @@ def test_folders(tmp_path):
 
 
 def test_a_published_file_with_another_total(tmp_path):
-    "Published code knows one total; a file of another one says so, and is refused where only the names are looked at."
+    "Published code knows one total; a file of another one says so."
     for total, more in ((.2, set()), (.5, {"scale"})):
         file = save_adapter(adapted(dict(CONFIGS["default"], scale=total)), tmp_path / "a.pth")
         assert set(torch.load(file, weights_only=True)) == set(WEIGHTS) | more
