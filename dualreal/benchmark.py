@@ -125,7 +125,8 @@ class Job:
         b, method = self.bench, find_method(self.method)
         own = ("steps", "sampling", "videos", "batch", "images", "clips", "scorer")
         sizes = asdict(base_size(find_base(b.base)))
-        for unused in (*(["lr"] if self.lr is not None else []), *method.ignores): sizes["training"].pop(unused, None)
+        for unused in (*method.ignores, *(["lr"] if self.lr is not None else [])):
+            sizes["training"].pop(unused, None)
         toy = ("toy-clip", "toy-dino") if "toy" in (b.base, b.scorer) else ()
         return dict({k: getattr(b, k) for k in own}, format=FORMAT, method=method.described(), lr=self.lr,
                     case=self.case, seed=self.seed, base=fingerprint(find_base(b.base)), sizes=sizes,

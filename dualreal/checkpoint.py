@@ -92,7 +92,8 @@ def inferred_config(tensors, # name -> tensor, published names
                  motion=shape(r"\.motion_(attn|ff)_adapter\.") is not None)
     if head: found["groups"] = head[0]
     if SCALE in tensors:
-        if tensors[SCALE].numel() != 1: raise InputError(f"{SCALE} has {tensors[SCALE].numel()} numbers, not one")
+        count = tensors[SCALE].numel()
+        if count != 1: raise InputError(f"{SCALE} has {count} numbers, not one")
         found["scale"] = round(tensors[SCALE].item(), 6)
     return DualRealConfig(**{**found, **known})
 

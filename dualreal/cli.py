@@ -396,7 +396,7 @@ def _write_adapter(target, tensors, info, reference):
     from dualreal.core import atomic_path
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     with atomic_path(target) as tmp:
-        if target.suffix == ".pth": torch.save(with_scale(tensors, info["config"]["scale"]), tmp) # and nothing else
+        if target.suffix == ".pth": torch.save(with_scale(tensors, info["config"]["scale"]), tmp)
         else:
             if reference is not None: tensors[REFERENCE] = reference
             save_file(tensors, tmp, {"format": "pt", "dualreal": json.dumps(info, default=str)})

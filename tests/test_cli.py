@@ -14,7 +14,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dualreal.backbone import load_base
+from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main
+from dualreal.generate import generate as generate_frames
 from dualreal.toyworld import write_case
 from dualreal.video import read_video, write_video
 
@@ -287,13 +290,20 @@ def frames_of(run, out, *more):
     return read_video(out)[0].astype(int)
 
 
+def drawn(adapter, reference):
+    pipe = load_base("toy")
+    load_adapter(pipe.transformer, adapter)
+    return generate_frames(pipe, "a robot * is hopping", reference=reference, steps=2).frames.astype(int)
+
+
 def test_generate_for_small_cards(trained, tmp_path):
     "Offloaded blocks and a reference built in make the same video; what is approximate says so."
     exact = frames_of(trained, tmp_path / "exact.mp4")
     assert np.array_equal(frames_of(trained, tmp_path / "offloaded.mp4", "--offload"), exact)
     assert main(["convert", str(trained), str(tmp_path / "folded.pth"), "--fold"]) == 0
-    folded = frames_of(tmp_path / "folded.pth", tmp_path / "folded.mp4", "--base", "toy")
-    assert np.abs(folded - exact).mean() < .5
+    frames_of(tmp_path / "folded.pth", tmp_path / "folded.mp4", "--base", "toy")
+    off = drawn(tmp_path / "folded.pth", None) - drawn(trained, read_adapter(trained)[2])
+    assert np.abs(off).mean() < .01 # of 255; before the codec, which blows up a rounding
     frames_of(trained, tmp_path / "fast.mp4", "--approximate", "first-block")
     assert json.loads((tmp_path / "fast.mp4.json").read_text())["approximate_cache"] == "first-block"
 
@@ -344,7 +354,6 @@ def test_reference_is_seen_as_in_training(trained, home, tmp_path, monkeypatch):
 def test_reference_is_the_whole_picture(case, tmp_path):
     "The stored embedding is what --reference would give for the first picture, whatever its shape."
     from dualreal.backbone import load_reference_encoder
-    from dualreal.checkpoint import read_adapter
     portrait = np.random.default_rng(0).integers(0, 255, (90, 50, 3), np.uint8)
     Image.fromarray(portrait).save(case / "identity/images/00.png")
     assert main(train(case, tmp_path / "run", "--samples", 0)) == 0
@@ -378,7 +387,6 @@ def test_adapter_of_another_base(trained, tmp_path, capsys):
 
 
 def test_published_file(trained, tmp_path, capsys):
-    from dualreal.checkpoint import read_adapter
     assert main(["convert", str(trained), str(tmp_path / "adapter.pth")]) == 0
     assert main(generate(tmp_path / "adapter.pth", tmp_path / "a.mp4", "--base", "toy")) == 0
     assert "condition absent" in capsys.readouterr().out
