@@ -23,7 +23,7 @@ test: .venv/installed-docs
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q
 
-# Also the cells and tests flagged slow; those that need a GPU or downloaded weights stay out.
+# Also the cells and tests flagged slow; those that record results, need a GPU or downloaded weights stay out.
 test-all: test
 	$(BIN)/nbdev_test --n_workers 2 --timing --flags slow
 	$(BIN)/python -m pytest -q -m "not cuda and not weights"
