@@ -448,8 +448,9 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
     return found
 
 def missing_note(bench, table, found, count) -> str: # a sentence
-    "What is recorded, which command records the rest, and how long that takes."
-    said = f"{len(found)} of {count} results are recorded"
+    "What is recorded and took how long, which command records the rest, and how long that will take."
+    said, long = f"{len(found)} of {count} results are recorded", [_hours(r) for r in found if r.get("seconds")]
+    if long: said += f" ({sum(long):.1f} hours of one core)"
     if len(found) == count: return f"{said}."
     usual = load_bench(bench.name)
     own = {k: v for k in ("base", "steps", "videos", "data") if (v := getattr(bench, k)) != getattr(usual, k)}
@@ -458,10 +459,11 @@ def missing_note(bench, table, found, count) -> str: # a sentence
     if len(bench.cases) < len(usual.cases):
         flags["cases"] = ",".join(f"{c['subject']}-{c['motion']}" for c in bench.cases)
     command = " ".join(f"--{k} {v}" for k, v in flags.items())
-    long = [sum(r["seconds"].values()) / 60 for r in found if r.get("seconds")]
-    each = float(np.mean(long)) if long else bench.minutes
-    hours = "unknown, none was measured" if each is None else f"{each * (count - len(found)) / 60:.1f} hours"
+    each = float(np.mean(long)) if long else bench.minutes and bench.minutes / 60
+    hours = "unknown, none was measured" if each is None else f"{each * (count - len(found)):.1f} hours"
     return f"{said}; `dualreal bench run {command}` records the others (one core: {hours}; or RUN = True)."
+
+def _hours(record): return sum(record["seconds"].values()) / 3600
 
 # %% ../nbs/33_benchmark.ipynb
 def find_part(root, name:str) -> Path:
