@@ -449,7 +449,8 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
 
 def missing_note(bench, table, found, count) -> str: # a sentence
     "What is recorded and took how long, which command records the rest, and how long that will take."
-    said, long = f"{len(found)} of {count} results are recorded", [_hours(r) for r in found if r.get("seconds")]
+    long = [_hours(r) for r in found if r.get("seconds")]
+    said = f"{len(found)} of {count} results are recorded"
     if long: said += f" ({sum(long):.1f} hours of one core)"
     if len(found) == count: return f"{said}."
     usual = load_bench(bench.name)

@@ -8,6 +8,7 @@ __all__ = ['main', 'run_train', 'run_generate', 'run_evaluate', 'run_check', 'ru
 
 # %% ../nbs/41_cli.ipynb
 import argparse
+import difflib
 import errno
 import io
 import json
@@ -133,11 +134,20 @@ def run_train(args):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
     score = _preview_scorer(args, config) if args.score_previews else None
+    _warn(config)
     path = train(config, args.log and _step_log(args.log), score=score)
     if os.environ.get("RANK", "0") != "0": return # of several processes, one reports
     print(f"adapter        {path}\ncontact sheet  {path.parent/'contact_sheet.png'}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
     _say_best(path.parent)
+
+def _warn(config):
+    "What `check` would warn of without reading a file, once, and what is going to happen."
+    from dualreal.data import case_warnings, load_case
+    if os.environ.get("RANK", "0") != "0": return
+    case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    for text in case_warnings(case): print(text)
+    print(f"{len(case.identity)} images, {len(case.motion)} clips: encoding, then training")
 
 def _preview_scorer(args, config):
     "The callback that measures previews."
@@ -184,6 +194,7 @@ def _generate_flags(p):
     _add(p, "reference_norm", str, "clip or published; default: as in training")
     for name, (kind, says) in _SIZES.items(): _add(p, name, kind, f"{says}; default: as in training")
     for name in ("device", "precision"): _add(p, name, *_FLAGS[name])
+    p.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     p.add_argument("--compile", action="store_true", help="compile the blocks: for large videos, on a GPU")
     p.add_argument("--offload", action="store_true", help="small cards: blocks wait in main memory")
     _add(p, "approximate", str, "NOT EXACT, faster: first-block or attention reuses results of earlier steps",
@@ -195,6 +206,10 @@ def run_generate(args):
     out = Path(args.out)
     if out.suffix.lower() not in (".mp4", ".gif"): raise InputError(f"{out}: --out must end in .mp4 or .gif")
     if out.is_dir(): raise InputError(f"{out}: there is a folder of that name; give another --out")
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out} is there already: give another --out, or --overwrite")
+    if not args.prompt.strip():
+        raise InputError('--prompt is empty: say what the video shows, as "a dog * is playing guitar"')
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
     from dualreal.checkpoint import read_adapter
@@ -204,6 +219,9 @@ def run_generate(args):
         raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
     check_writable(out.parent, "give another --out")
     tensors, info, stored = read_adapter(args.adapter)
+    if "*" in (info.get("subject") or "") and "*" not in args.prompt:
+        known = f'the adapter knows its subject as "{info["subject"]}"'
+        print(f'note: --prompt has no "*": {known}')
     pipe = _base_with_adapter(args, tensors, info)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
@@ -404,10 +422,12 @@ def _write_adapter(target, tensors, info, reference):
 # %% ../nbs/41_cli.ipynb
 def run_card(args):
     "dualreal card: a model card beside the adapter, for the Hub."
-    from dualreal.card import upload_command, write_card
+    from dualreal.card import report_of, upload_command, write_card
     from dualreal.checkpoint import find_adapter
     card = write_card(args.path, args.report, args.license, args.repo)
     print(f"card    {card}\nupload  {upload_command(card, find_adapter(args.path), args.repo)}")
+    if report_of(card.parent, args.report) is None:
+        print("note: no scores are known; give --report, the folder of dualreal evaluate")
     if args.license == "unknown": print("note: no licence is chosen; give --license, e.g. cc-by-4.0")
 
 def _card_flags(p):
@@ -424,7 +444,8 @@ def run_demo(args):
     from dualreal.toyworld import write_case
     from dualreal.trainer import TrainConfig, train
     out, start = Path(args.out), time.perf_counter()
-    args.steps = args.steps or base_size(find_base("toy")).training["steps"]
+    if args.steps is None: args.steps = base_size(find_base("toy")).training["steps"]
+    if args.steps < 1: raise InputError(f"--steps {args.steps}: give at least 1")
     _check_demo(args, out)
     print(f"toy demo: subject {args.subject}, motion {args.motion}; both unknown to the toy base")
     if not (out/"run"/"config.json").exists(): write_case(out/"case", args.subject, args.motion)
@@ -434,6 +455,8 @@ def run_demo(args):
     path = train(config)
     sheet = _demo_sheet(args, out, json.loads((out/"run"/"run.json").read_text(encoding="utf-8")))
     print(f"adapter  {path}\nvideos   {out/'run'/'samples'}\nsheet    {sheet}  <- open this")
+    print("expect some of the subject's looks and hardly any of the motion: the toy base is small\n"
+          "next: your own folders, with dualreal check")
     print(f"{time.perf_counter() - start:.0f} seconds")
 
 _DEMO = ("subject", "motion", "steps", "seed")
@@ -470,7 +493,7 @@ def _demo_sheet(args, out, run):
     rows += [(f"base alone: {prompt}", [plain])]
     for i, p in enumerate(sorted((out/"run"/"samples").glob("*.mp4"))):
         rows.append((f"DualReal, seed {args.seed + i}", [read_video(p)[0]]))
-    contact_sheet(rows + [("truth, never shown", [truth])], path=out/"demo.png")
+    contact_sheet(rows + [("truth, not trained on", [truth])], path=out/"demo.png")
     return out/"demo.png"
 
 # %% ../nbs/41_cli.ipynb
@@ -585,6 +608,15 @@ _COMMANDS = [(run_demo, _demo_flags), (run_check, _check_flags), (run_train, _tr
 class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, like every other mistake; the usage is a `--help` away."
     def error(self, message): self.exit(2, f"dualreal: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        "A command says itself what it does not know; the main parser would not know its options."
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            meant = "".join(f"; did you mean {x}?" for x in near)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
 
 def parser() -> argparse.ArgumentParser:
     "All commands and their flags."

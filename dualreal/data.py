@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['EXAMPLES', 'MIN_CLIP', 'LEVELS', 'Item', 'Case', 'identity_files', 'motion_files', 'captions', 'class_word',
            'motion_words', 'shared_caption', 'load_case', 'first_frame', 'read_item', 'moving_share', 'check_case',
-           'format_report', 'case_sheet']
+           'format_report', 'case_warnings', 'case_sheet']
 
 # %% ../nbs/03_data.ipynb
 import math
@@ -407,6 +407,11 @@ def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, tex
         fix = f"use a clip of {full} frames or more"
         if thinned: fix = f"use a clip of {full / rate:.3g} seconds or more, or a higher --fps"
         found.append(("warning", text, fix))
+    shown, whole = row["used"] / (rate if thinned else row["fps"] or 1), row["frames"] / (row["fps"] or 1)
+    if kind == "video" and 4 * shown < whole:
+        text = f"Only the first {shown:.2g} of {whole:.2g} seconds are used."
+        slower = ", or give a lower --fps" if row["fps"] and row["fps"] > 8 and not thinned else ""
+        found.append(("note", text, f"cut the clip to the motion{slower}"))
     if kind == "video" and (cut := min(there, full) - row["used"]):
         text = f"{row['used'] + cut} frames, of which {row['used']} are used: the base takes 4k+1."
         found.append(("note", text, "nothing, if the end may go"))
@@ -466,6 +471,10 @@ def _about_case(case: Case,
                 ) -> list[dict]:  # findings
     "What may go wrong with a case as a whole."
     found = [("note", note, "nothing, if that is meant") for note in case.notes]
+    if all(i.kind == "image" and i.path.suffix.lower() in video.VIDEO_SUFFIXES for i in case.identity) \
+            and all(i.path.is_dir() for i in case.motion):
+        text = "The subject's folder holds clips, the motion's holds pictures."
+        found.append(("warning", text, "swap --identity and --motion, unless that is meant"))
     for role, items in (("identity images", case.identity), ("motion clips", case.motion)):
         if len(items) < 3:
             found.append(("warning", f"Few {role}: {len(items)}, where 3 or more are better.", "add some"))
@@ -577,6 +586,11 @@ def format_report(report: dict  # of `check_case`
     verdict = "can be trained" if report["ok"] else "cannot be trained"
     last = f"This case {verdict} (errors: {report['errors']}, warnings: {report['warnings']})."
     return "\n".join([*lines, *_sentences(report["findings"]), last])
+
+
+def case_warnings(case: Case) -> list[str]:  # sentences
+    "What `check_case` warns of without reading a file: captions and numbers of files."
+    return _sentences([finding for finding in _about_case(case, None) if finding["level"] == "warning"])
 
 # %% ../nbs/03_data.ipynb
 def case_sheet(case: Case,

@@ -193,8 +193,9 @@ def _published(key, folder, device):
     found, why = fetch(key)
     if found: return _load(key, found, name, device)
     where = f"{source} is not there" if source else "no folder of weights was named"
-    return Missing(name, f"{name} ({size} MB): {where}, and {why}; get it with `{get}` "
-                   f"and save it as {file} in that folder")
+    how = f"download {get}" if get.startswith("http") else f"get it with `{get}`"
+    return Missing(name, f"{name} ({size} MB): {where}, and {why}; {how}, save it as {file} in a folder "
+                   "and name that with --weights")
 
 # %% ../nbs/31_encoders.ipynb
 def reachable(url:str) -> bool:

@@ -262,8 +262,13 @@ def _walk(folder): # videos below a folder, and files that are none
             if inside: found += inside; strange += left
             elif frame_files(path) or not any(path.iterdir()): found.append(path) # an empty one: of no frame
             else: strange.append(path)
-        else: strange.append(path)
+        elif not _record(path): strange.append(path)
     return found, strange
+
+def _record(path): # whether `dualreal generate` wrote it beside a video
+    end = next((e for e in (".json", ".weights.png") if path.name.endswith(e)), None)
+    return end is not None and (video := path.with_name(path.name.removesuffix(end))).is_file() \
+        and video.suffix.lower() in VIDEO_SUFFIXES
 
 # %% ../nbs/32_evaluate.ipynb
 def read_prompts(source, # a file; None

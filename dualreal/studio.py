@@ -654,7 +654,8 @@ def page_files(folder:Path, out, workdir) -> Path: # the notebook
 def serve(out="studio-out", port:int=8866, browser=True) -> int: # the server's status
     "Serve the studio on this machine only, until Ctrl-C."
     if importlib.util.find_spec("voila") is None:
-        raise InputError("the studio's page needs voila: pip install 'dualreal[studio]'; JupyterLab does not")
+        raise InputError("the studio's page needs Voilà: pip install 'dualreal[studio]', or '.[studio]' "
+                         "in a clone; in JupyterLab, studio() works without it")
     import tempfile
     check_writable(out, "give another --out folder")
     with tempfile.TemporaryDirectory() as folder:

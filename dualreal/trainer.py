@@ -301,7 +301,7 @@ def check_out(out, resume:bool) -> bool: # True: there is a finished run, nothin
     out = check_writable(out, "give another --out folder")
     holds = (out/"config.json").exists() or checkpoints(out) or any(out.glob("[!.]*.safetensors"))
     if holds and not resume:
-        raise InputError(f"{out} holds a run already: continue it with --resume or give another --out folder")
+        raise InputError(f"{out} holds a run: continue it with --resume (resume=True) or give another --out")
     return resume and (out/"run.json").exists()
 
 _MAY_DIFFER = set("resume out identity motion cache device gradient_checkpointing memory micro_batch "
@@ -616,7 +616,7 @@ def loss_figure(log:list, window:int=25): # log: rows of `train_step`; window: o
         recent = [losses[max(0, i - window):i] for i in range(1, len(losses) + 1)]
         ax.plot(steps, losses, ".", ms=3, color=colour, alpha=.3)
         mean = [sum(r) / len(r) for r in recent]
-        ax.plot(steps, mean, color=colour, label=f"{dimension}, mean of {window}")
+        ax.plot(steps, mean, color=colour, label=f"{dimension}, mean of {min(window, len(rows))}")
     ax.set(xlabel="step", ylabel="loss")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -110,9 +110,11 @@ def test_folder_without_weights(tmp_path, home, capsys):
     assert str(base) in complaint(capsys, 2, *train(home / "case", tmp_path / "run", "--base", base))
 
 
-def test_unknown_flag_and_command(capsys):
+def test_unknown_flag_and_command(capsys, tmp_path):
     assert "--identity" in complaint(capsys, 2, "train", "--nonsense")
     assert "dualreal train --help" in complaint(capsys, 2, "train", "--steps", "abc")
+    misspelt = complaint(capsys, 2, *train(tmp_path, tmp_path), "--stepps", "9")
+    for words in ("--stepps", "did you mean --steps?", "dualreal train --help"): assert words in misspelt
     assert "fly" in complaint(capsys, 2, "fly")
     assert main(["--help"]) == 0
 
@@ -138,7 +140,7 @@ def test_one_line_in_a_log(case, tmp_path):
     "Not a single bar or notice beside the complaint, where stderr is a file."
     bad_image(case)
     done = shell("-m", "dualreal.cli", *train(case, tmp_path / "run"))
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2 and "%|" not in done.stdout
     assert len(done.stderr.splitlines()) == 1 and "01.png" in done.stderr
 
 
@@ -161,6 +163,7 @@ def test_demo_of_another_subject(tmp_path, capsys):
     (tmp_path / "demo.json").write_text(json.dumps({"subject": "mint_cat"}))
     assert "mint_cat" in complaint(capsys, 2, "demo", "--out", str(tmp_path))
     assert "teal_dragon" in complaint(capsys, 2, "demo", "--out", str(tmp_path), "--subject", "teal_dragon")
+    assert "--steps 0" in complaint(capsys, 2, "demo", "--out", str(tmp_path), "--steps", "0")
 
 
 def test_run_has_everything(trained):
@@ -320,6 +323,29 @@ def test_folding_needs_what_it_builds_in(trained, home, tmp_path, capsys):
     assert "reference is built in" in complaint(capsys, 2, *generate(again, tmp_path / "a.mp4", *own))
     wrong = generate(trained, tmp_path / "a.mp4", "--approximate", "x")
     assert "use one of first-block" in complaint(capsys, 2, *wrong)
+
+
+def test_generate_keeps_what_is_there(trained, tmp_path, capsys):
+    out = tmp_path / "video.mp4"
+    out.write_text("mine")
+    assert "--overwrite" in complaint(capsys, 2, *generate(trained, out)) and out.read_text() == "mine"
+    frames_of(trained, out, "--overwrite")
+
+
+def test_prompts_that_ask_for_nothing(trained, tmp_path, capsys):
+    "An empty one is refused; without the subject's word there is a note."
+    nothing = generate(trained, tmp_path / "a.mp4", "--prompt", "  ")
+    assert "--prompt is empty" in complaint(capsys, 2, *nothing)
+    frames_of(trained, tmp_path / "b.mp4", "--prompt", "a cat is swinging")
+    assert 'note: --prompt has no "*": the adapter knows its subject as "cat *"' in capsys.readouterr().out
+    frames_of(trained, tmp_path / "c.mp4")
+    assert "has no" not in capsys.readouterr().out
+
+
+def test_train_warns_of_captions(home, tmp_path, capsys):
+    assert main(train(home / "case", tmp_path / "run", "--samples", "0", "--identity-prompt", "cat")) == 0
+    out = capsys.readouterr().out
+    assert 'warning: Identity caption \'cat\' has no "*"' in out and "2 images, 2 clips" in out
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])

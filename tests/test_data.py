@@ -333,6 +333,21 @@ def test_check_shows_what_is_trained_on(one, wave, tmp_path, fit):
     assert "use a clip of 4.5 seconds or more, or a higher --fps" in data.format_report(slow)
 
 
+def test_doctor_tells_seconds(one, wave):
+    "Of a camera's clip, nine frames are a moment."
+    clip(wave / "b.mp4", 50, fps=25)
+    assert "Only the first 0.36 of 2 seconds are used." in found(one, wave)
+    slow = data.check_case(data.load_case(one, wave), 16, 24, 9, fps=5)
+    assert "Only the first" not in data.format_report(slow)
+
+
+def test_doctor_sees_a_swap(tmp_path, one, wave):
+    for i in range(5): photo(tmp_path / "frames" / f"{i}.png")
+    swapped = found(wave, tmp_path / "frames", "dog *", PERSON)
+    assert "The subject's folder holds clips, the motion's holds pictures." in swapped
+    assert not any("holds pictures" in text for text in found(one, wave))
+
+
 def test_doctor_sees_copies(one, wave):
     "Also where a copy has another size and format; a mirrored one is another picture."
     photo(one / "2.png", 192, 128)

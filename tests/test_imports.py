@@ -86,3 +86,11 @@ def test_imports_in_a_fresh_process(module, tmp_path):
     command = [sys.executable, "-c", f"from dualreal.{module} import *"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_beside_a_clone(tmp_path):
+    "Where a clone's folder, dualreal/, lies in the working folder, the package is still the package."
+    (tmp_path/"dualreal").symlink_to(ROOT)
+    program = "import dualreal; print(dualreal.__version__)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
