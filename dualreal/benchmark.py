@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['FORMAT', 'SCORERS', 'TRUTH', 'Bench', 'data_folder', 'load_bench', 'read_table', 'fingerprint', 'Job', 'rates_file',
            'rates', 'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders', 'prompts_of', 'compute', 'save',
-           'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'by_case', 'table_of', 'means', 'gap',
-           'paper_bench', 'recorded', 'missing_note', 'find_part', 'completeness']
+           'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'paired', 'by_case', 'table_of', 'means',
+           'gap', 'paper_bench', 'recorded', 'missing_note', 'find_part', 'completeness']
 
 # %% ../nbs/33_benchmark.ipynb
 import csv
@@ -395,6 +395,13 @@ def read_results(jobs:list, out) -> list: # records, in the order of the jobs
     facts = lambda job, path: dict(method=job.method, case=job.case, seed=job.seed, path=str(path))
     return [json.loads(path.read_text(encoding="utf-8")) | facts(job, path) for job, path in there]
 
+def paired(results:list) -> list: # of `read_results`
+    "Those of the cases and seeds that every method among them has: methods are compared on the same."
+    where, have = lambda r: (*r["case"].values(), r["seed"]), {}
+    for r in results: have.setdefault(r["method"], set()).add(where(r))
+    shared = set.intersection(*have.values()) if have else set()
+    return [r for r in results if where(r) in shared]
+
 def by_case(results:list, # of `read_results`
             column:str) -> dict: # method -> (subject, motion) -> its videos' values
     "One column, ready to be averaged."
@@ -438,14 +445,16 @@ def paper_bench(table:str, base:str="toy", # or "THUDM/CogVideoX-5b" or another:
     return load_bench("toy" if base == "toy" else "published", **own)
 
 def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # of `read_results`
-    "Results of a table; `run` computes the missing ones first. Says what is missing and how to record it."
+    "`paired` results of a table; `run` computes the missing ones first. Says how to record them."
     out = Path(out or data_folder()/"results")
     jobs = jobs_of(bench, out, [table])
     failed = run_jobs(jobs, out, workers)["failed"] if run else {}
     found = read_results(jobs, out)
     print(missing_note(bench, table, found, len(jobs)))
     for path, why in failed.items(): print(f"failed: {path}: {why}")
-    return found
+    both = paired(found)
+    if len(both) < len(found): print(f"shown: {len(both)}, of the cases and seeds that all recorded methods have")
+    return both
 
 def missing_note(bench, table, found, count) -> str: # a sentence
     "What is recorded and took how long, which command records the rest, and how long that will take."
