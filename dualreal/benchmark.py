@@ -453,7 +453,7 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
     print(missing_note(bench, table, found, len(jobs)))
     for path, why in failed.items(): print(f"failed: {path}: {why}")
     both = paired(found)
-    if len(both) < len(found): print(f"shown: {len(both)}, of the cases and seeds that all recorded methods have")
+    if len(both) < len(found): print(f"shown: {len(both)}, of cases and seeds that all these methods have")
     return both
 
 def missing_note(bench, table, found, count) -> str: # a sentence
