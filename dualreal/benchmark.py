@@ -363,8 +363,8 @@ def search_lr(bench:Bench, out, methods=None, lrs=None, **how) -> dict: # how: o
     specs = [s for name in methods or bench.tables for s in bench.tables.get(name, [name])]
     learns = lambda method: not method.tuned_as and type(method) is not Method
     own = [spec for spec in dict.fromkeys(specs) if learns(find_method(spec))]
-    tried = [Job(bench, spec, case, bench.seeds[0], lr)
-             for spec in own for lr in lrs or bench.lrs for case in bench.search]
+    tried = [Job(bench, spec, case, seed, lr) for spec in own for lr in lrs or bench.lrs
+             for seed in bench.seeds for case in bench.search]
     failed = run_jobs(tried, out, **how)["failed"]
     if failed: raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
     path = rates_file(bench, out)
@@ -384,7 +384,7 @@ def _best(bench, out, jobs):
     held = {lr: m for lr, m in means.items() if m is not None}
     if not held: raise RuntimeError(f"{jobs[0].method}: all of {list(means)} diverged: try smaller --lrs")
     return dict(lr=max(held, key=held.get), objective=list(bench.objective), cases=list(bench.search),
-                tried={str(k): v for k, v in means.items()})
+                seeds=list(bench.seeds), tried={str(k): v for k, v in means.items()})
 
 # %% ../nbs/33_benchmark.ipynb
 TRUTH = ("identity", "palette", "pattern", "kind", "motion")
