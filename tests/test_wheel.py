@@ -38,7 +38,8 @@ def installed(tmp_path_factory):
         (tmp/"clone"/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT/name, tmp/"clone"/name)
     with tarfile.open(build("sdist", tmp/"clone", tmp)) as archive:
-        archive.extractall(tmp/"sdist", filter="data")
+        safely = dict(filter="data") if hasattr(tarfile, "data_filter") else {} # not before Python 3.11.4
+        archive.extractall(tmp/"sdist", **safely)
     wheel = build("wheel", next((tmp/"sdist").iterdir()), tmp)
     venv.create(tmp/"venv", with_pip=False)
     folder = tmp/"venv"/("Scripts" if os.name == "nt" else "bin")
