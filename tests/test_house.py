@@ -82,3 +82,10 @@ def test_version_is_the_same_everywhere():
     assert dualreal.__version__ == version
     assert yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8"))["version"] == version
     assert f"\n## {version}" in (ROOT/"CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_nothing_is_left_over():
+    "No mark of unfinished work in a notebook; where a picture's letters spell one by chance, save it again."
+    marks = re.compile("|".join(("X" * 3, "TO" + "DO", "FIX" + "ME", "HA" + "CK")))
+    found = [p.name for p in NOTEBOOKS if marks.search(p.read_text(encoding="utf-8"))]
+    assert not found, f"left over: {', '.join(found)}"
