@@ -228,10 +228,10 @@ def run_generate(args):
     sizes, reference = {k: getattr(size, k) for k in _SIZES}, _reference(args, info, stored)
     made = generate(pipe, args.prompt, *_made_ready(pipe, args, size), reference, args.seed, args.dial,
                     args.approximate, **sizes)
-    _write_generation(out, made, size.fps, _scale(pipe), adapter=args.adapter, base=args.base or info["base"])
+    _write_generation(out, made, size.fps, adapter=args.adapter, base=args.base or info["base"])
 
 # %% ../nbs/41_cli.ipynb
-def _write_generation(out, made, fps, scale, **facts):
+def _write_generation(out, made, fps, **facts):
     "The video, its record, a picture of its weights."
     from matplotlib.pyplot import close
 
@@ -240,7 +240,7 @@ def _write_generation(out, made, fps, scale, **facts):
     from dualreal.video import write_video
     write_video(out, made.frames, fps)
     write_json(f"{out}.json", dict(made.record(), **facts))
-    figure = weights_figure(made, scale)
+    figure = weights_figure(made)
     with atomic_path(f"{out}.weights.png") as tmp: figure.savefig(tmp, dpi=100)
     close(figure)
     print(f"video    {out}\nrecord   {out}.json\nweights  {out}.weights.png")
@@ -294,10 +294,6 @@ def _reference(args, info, stored):
     if encoder is None:
         raise InputError("--reference: this adapter was trained without a reference encoder; leave it out")
     return encoder.encode([picture], norm=args.reference_norm or trained.get("reference_norm", "clip"))
-
-def _scale(pipe):
-    from dualreal.tuner import conductor_of
-    return next(iter(conductor_of(pipe.transformer).configs.values())).scale
 
 # %% ../nbs/41_cli.ipynb
 def run_evaluate(args):

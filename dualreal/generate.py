@@ -28,6 +28,7 @@ class Generation:
     timesteps: list                # of the denoising steps, from noise to picture
     weights: torch.Tensor | None   # identity weights (steps, groups) for the prompt; None: no adapter
     settings: dict                 # what repeats it
+    scale: float | None = None     # what identity's and motion's weights add up to
 
     def record(self) -> dict:
         "JSON-able."
@@ -69,6 +70,9 @@ class _Watch:
 
     @property
     def weights(self): return torch.stack(self.rows) if self.rows else None
+
+    @property
+    def scale(self): return next(iter(conductor_of(self.transformer).configs.values())).scale if self.rows else None
 
 # %% ../nbs/22_generate.ipynb
 def trailing(scheduler):
@@ -130,17 +134,19 @@ def generate(pipe,               # stock CogVideoXPipeline; its transformer may 
     settings = {k: getattr(size, k) for k in ("height", "width", "frames", "steps", "guidance")}
     settings |= dict(prompt=prompt, seed=seed, dial=dial, reference=reference is not None)
     if cache: settings["approximate_cache"] = cache
-    return Generation((video * 255).round().astype(np.uint8), watch.timesteps, watch.weights, settings)
+    frames = (video * 255).round().astype(np.uint8)
+    return Generation(frames, watch.timesteps, watch.weights, settings, watch.scale)
 
 # %% ../nbs/22_generate.ipynb
-def weights_figure(generation:Generation, scale:float=0.2): # scale: the total of both weights
+def weights_figure(generation:Generation,
+                   scale:float=None): # the total of both weights; None: the generation's own
     "Identity weight by denoising step and depth, as a heat map; returns a matplotlib figure."
     import matplotlib.pyplot as plt
     if generation.weights is None:
         raise InputError("this video was generated without an adapter: there are no weights to draw")
     weights = generation.weights.numpy().T
     fig, ax = plt.subplots(figsize=(6, 1 + 0.3*len(weights)), layout="constrained")
-    picture = ax.imshow(weights, aspect="auto", cmap="PuOr", vmin=0, vmax=scale, origin="lower")
+    picture = ax.imshow(weights, aspect="auto", cmap="PuOr", vmin=0, vmax=scale or generation.scale, origin="lower")
     ax.set(xlabel="denoising step", ylabel="group (0: shallow)")
     ax.yaxis.get_major_locator().set_params(integer=True)
     fig.colorbar(picture, label="identity weight")
