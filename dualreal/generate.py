@@ -72,7 +72,9 @@ class _Watch:
     def weights(self): return torch.stack(self.rows) if self.rows else None
 
     @property
-    def scale(self): return next(iter(conductor_of(self.transformer).configs.values())).scale if self.rows else None
+    def scale(self):
+        configs = conductor_of(self.transformer).configs.values() if self.rows else ()
+        return next((config.scale for config in configs), None)
 
 # %% ../nbs/22_generate.ipynb
 def trailing(scheduler):
@@ -146,7 +148,8 @@ def weights_figure(generation:Generation,
         raise InputError("this video was generated without an adapter: there are no weights to draw")
     weights = generation.weights.numpy().T
     fig, ax = plt.subplots(figsize=(6, 1 + 0.3*len(weights)), layout="constrained")
-    picture = ax.imshow(weights, aspect="auto", cmap="PuOr", vmin=0, vmax=scale or generation.scale, origin="lower")
+    total = generation.scale if scale is None else scale
+    picture = ax.imshow(weights, aspect="auto", cmap="PuOr", vmin=0, vmax=total, origin="lower")
     ax.set(xlabel="denoising step", ylabel="group (0: shallow)")
     ax.yaxis.get_major_locator().set_params(integer=True)
     fig.colorbar(picture, label="identity weight")
