@@ -29,8 +29,8 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["dualreal", "dualreal.*"]),
-    # An editable install is a path then, not an import hook: beside a hook, a clone's folder in the working folder,
-    # dualreal/ without an __init__.py, would be taken for the package.
+    # An editable install is a path then, not an import hook: beside a hook, a clone's folder in the
+    # working folder, dualreal/ without an __init__.py, would be taken for the package.
     package_dir={"": "."},
     # The toy base is data, not a package: named here, so that it is in the wheel and in the sdist alike.
     package_data={"dualreal": ["assets/**/*"]},
