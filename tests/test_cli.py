@@ -360,8 +360,8 @@ def test_generate(trained, tmp_path, suffix):
 def test_generate_with_reference_and_dial(trained, home, tmp_path):
     picture = next((home / "case/identity/images").glob("*.png"))
     assert main(generate(trained, tmp_path / "a.mp4", "--reference", picture, "--dial", "1")) == 0
-    with safe_open(trained / "adapter.safetensors", "pt") as file: info = json.loads(file.metadata()["dualreal"])
-    total = info["config"]["scale"]
+    with safe_open(trained / "adapter.safetensors", "pt") as file:
+        total = json.loads(file.metadata()["dualreal"])["config"]["scale"]
     assert np.allclose(json.loads((tmp_path / "a.mp4.json").read_text())["identity_weight"], total, rtol=0.05)
 
 
