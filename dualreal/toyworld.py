@@ -359,8 +359,8 @@ class Truth:
     plate:np.ndarray # uint8 (H, W, 3), the stage without the subject
     radius:float # pixels per local unit at scale 1
     subject:Subject=field(default_factory=Subject)
-    motion:str="still"
-    background:str="grass"
+    motion:str|Motion="still" # as `render` was given it
+    background:str="grass" # a place's name, or "custom"
 
 # %% ../nbs/02_toyworld.ipynb
 def _window(x, y, half, height, width):
@@ -403,7 +403,7 @@ def tracks(motion:str|Motion, # a name, or a `Motion`
           ) -> tuple: # x, y (F,) pixels; scale (F,); angle (F,) radians
     "Where the subject is in each frame."
     noise = lambda spread: jitter * rng.uniform(-spread, spread)
-    path = (find_motion(motion) if isinstance(motion, str) else motion).path
+    path = _known(motion).path
     dx, dy, grow, angle = path(np.linspace(0, 1, frames, dtype=np.float32), noise(.35))
     reach = .2 * (1 + noise(.15)) * min(height, width)
     x, y = width * (.5 + noise(.05)) + reach * dx, height * (.52 + noise(.05)) + reach * dy
@@ -415,6 +415,8 @@ def find_motion(name:str) -> Motion:
     if name in known: return known[name]
     if name in _WORDS: return verbs()[name]
     raise InputError(f"toyworld motion {name!r} is none of {', '.join(known)}, and no verb")
+
+def _known(motion): return find_motion(motion) if isinstance(motion, str) else motion
 
 # %% ../nbs/02_toyworld.ipynb
 def render(subject:Subject,
@@ -432,7 +434,7 @@ def render(subject:Subject,
     stage = plate(background, height, width, rng if jitter else None) if named else np.float32(background)
     canvas = np.repeat(stage[None], frames, 0)
     mask = paint(subject, canvas, x, y, scale, angle, radius)
-    names = motion if isinstance(motion, str) else motion.phrase, background if named else "custom"
+    names = motion, background if named else "custom"
     truth = Truth(x, y, scale, angle, mask, (stage + .5).astype(np.uint8), radius, subject, *names)
     return (canvas + .5).astype(np.uint8), truth
 
@@ -450,14 +452,14 @@ def flow(truth:Truth # of a clip
 
 # %% ../nbs/02_toyworld.ipynb
 def caption(subject:Subject,
-            motion:str=None, # a motion's name; None: not said (a picture)
+            motion:str|Motion=None, # a motion's name, or a `Motion`; None: not said (a picture)
             background:str=None, # a place's name; None: not said
             colour:bool=True, # say the colour, if it is one of the palette
             name:str=None # say this instead of the kind, e.g. "creature" or "cat *"
            ) -> str:
     "What a caption says of a clip."
     spoken = f"{subject.colour} " if colour and subject.colour in PALETTE else ""
-    does = "" if motion is None else f" is {find_motion(motion).phrase}"
+    does = "" if motion is None else f" is {_known(motion).phrase}"
     place = "" if background is None else f" {BACKGROUNDS[background][0]}"
     return f"{_article(spoken + (name or subject.kind))}{does}{place}"
 
@@ -518,7 +520,8 @@ def random_caption(rng, truth:Truth) -> str: # with colour, kind and place each 
     motion = truth.motion if len(truth.x) > 1 else None
     name = None if heard(.8) else "creature"
     if truth.subject in _names(): name = f"{name or truth.subject.kind} {_names()[truth.subject]}"
-    text = caption(truth.subject, motion, truth.background if heard(.7) else None, heard(.7), name)
+    place = truth.background if heard(.7) and truth.background in BACKGROUNDS else None
+    text = caption(truth.subject, motion, place, heard(.7), name)
     return text if motion or heard(.6) else text.split(" ", 1)[1] # a picture's caption may lack its article
 
 def random_clip(rng, # numpy Generator
