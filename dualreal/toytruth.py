@@ -227,23 +227,23 @@ def _silhouettes(): # names (N,) and masks (N, SIDE * SIDE)
     return np.array([k for k, _, _ in every]), np.stack(masks)
 
 def name_kind(r:Reading) -> str:
-    "The kind of subject whose silhouette fits best, over all frames."
+    "The kind of subject whose silhouette fits best, over all frames; \"none\" on an empty stage."
     names, masks = _silhouettes()
     seen = r.upright[..., 3].reshape(len(r.x), -1)
     both = seen @ masks.T
     overlap = both / (seen.sum(1)[:, None] + masks.sum(1) - both)
     votes = {k: overlap[:, names == k].max(1).mean() for k in KINDS}
-    return max(votes, key=votes.get)
+    return max(votes, key=votes.get) if max(votes.values()) > 0 else "none"
 
 # %% ../nbs/05_toytruth.ipynb
 def name_colour(r:Reading) -> str:
-    "The palette colour that covers most of the subject."
+    "The palette colour that covers most of the subject; \"none\" where no pixel is nearest to one of them."
     pixels = r.pixels[r.mask > .7][:, :3]
     if not len(pixels): return "none"
     named = [*PALETTE, "white", "black", "grey", "cream"]
     distance = ((pixels[:, None] - np.stack([rgb(n) for n in named]))**2).sum(-1)
     counts = np.bincount(distance.argmin(1), minlength=len(named))[:len(PALETTE)]
-    return named[int(counts.argmax())]
+    return named[int(counts.argmax())] if counts.max() else "none"
 
 # %% ../nbs/05_toytruth.ipynb
 _DIRECTIONS = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 3, 3)))[0].reshape(-1, 3)[:16]
@@ -286,7 +286,8 @@ def _floors(): # mean distances between different held-out subjects
 
 def identity_scores(r:Reading, subject:Subject) -> dict: # palette, pattern, kind, identity: 0 to 1
     "How much of a subject is there."
-    far = zip(distances(r, subject), _floors())
-    palette, pattern = [max(0., 1 - float(d / f)) for d, f in far]
-    kind = float(name_kind(r) == subject.kind)
+    seen = name_kind(r)
+    if seen == "none": return dict.fromkeys(("palette", "pattern", "kind", "identity"), 0.) # nobody is there
+    palette, pattern = [max(0., 1 - float(d / f)) for d, f in zip(distances(r, subject), _floors())]
+    kind = float(seen == subject.kind)
     return dict(palette=palette, pattern=pattern, kind=kind, identity=(palette + pattern + kind) / 3)
