@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from .core import InputError, pick_device, pick_dtype
 
 # %% ../nbs/04_backbone.ipynb
-def asset(name:str) -> Path: # "toy-base" or "toy-clip"
+def asset(name:str) -> Path: # "toy-base", "toy-clip" or "toy-dino"
     "A folder of weights that travels with the package."
     return Path(str(resources.files("dualreal"))) / "assets" / name
 
