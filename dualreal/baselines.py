@@ -9,15 +9,27 @@ __all__ = ['METHODS', 'SWEEPS', 'turns', 'seen', 'bare', 'optimise', 'steps', 'p
 
 # %% ../nbs/32_baselines.ipynb
 import json
-import math
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
+
+from dualreal.trainer import (
+    EXPLODED,
+    Run,
+    Shuffled,
+    TrainConfig,
+    draw_batch,
+    micro_batches,
+    prepare,
+    rates,
+    train_step,
+)
 
 from .backbone import find_base
 from .checkpoint import adapter_tensors, load_adapter, published_state
@@ -26,7 +38,6 @@ from .encode import Encoded, encode_frames
 from .generate import trailing
 from .objective import velocity_loss
 from .switch import TrainingSwitch
-from .trainer import Run, Shuffled, TrainConfig, draw_batch, micro_batches, prepare, rates, train_step
 from .tuner import Conductor, DualRealConfig, blend_weights
 from .tuner import reference as given_reference
 from .video import read_video
@@ -67,10 +78,10 @@ def optimise(run:Run, groups:list, count:int): # groups: of parameters, as `rate
                                  num_warmup_steps=min(c.warmup, count // 5))
 
 def steps(run:Run, count:int, step=train_step, on_step=None): # step: run -> row of the log
-    "`count` steps; stops at a loss that is not finite."
+    "`count` steps; stops where the trainer would: at a loss that is not finite, or explodes."
     for _ in range(count):
         row = step(run)
-        if not math.isfinite(row["loss"]):
+        if not row["loss"] < EXPLODED: # not: of nan, too
             raise FloatingPointError(f"loss {row['loss']} at step {row['step']}")
         run.log.append(row)
         if on_step is not None: on_step(run, row)
@@ -144,6 +155,11 @@ class Method:
     settings: dict = field(default_factory=dict)      # of `TrainConfig`
     tuned_as: str | None = None                       # whose learning rate it takes; None: its own
     ignores = "scale", "up_lr_ratio", "controller_lr" # what a base may ask of bottlenecks only
+
+    @property
+    def kind_of_rate(self) -> str: # "own": to be searched for, "another's", or "none"
+        "Where the learning rate comes from."
+        return "another's" if self.tuned_as else "none" if type(self) is Method else "own"
 
     def described(self) -> dict:
         "What determines the method's results, JSON-able."
@@ -244,12 +260,14 @@ class FullFineTune(Method):
     def train(self, run, on_step=None): self.tune(run, run.config.steps, plain_step, on_step)
 
     def tune(self, run, count, step, on_step):
-        "Train every weight for `count` steps."
-        transformer = bare(run).pipe.transformer.float().requires_grad_(True)
+        "Train every weight for `count` steps, in fp32; then the base's own precision is back."
+        transformer = bare(run).pipe.transformer
+        dtype = transformer.dtype
+        transformer.float().requires_grad_(True)
         optimise(run, [dict(params=list(transformer.parameters()))], count)
         run.switch = TrainingSwitch(run.config.motion_ratio, run.config.seed)
         steps(run, count, step, on_step)
-        transformer.requires_grad_(False)
+        transformer.requires_grad_(False).to(dtype)
 
 # %% ../nbs/32_baselines.ipynb
 def moving_boxes(frames, # uint8 (F, H, W, 3)
@@ -377,13 +395,20 @@ METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
             for k, values in SWEEPS.items() for v in values}
 
 # %% ../nbs/32_baselines.ipynb
+_OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache", "resume"}
+
+def _fits(value, hint) -> bool: # value: from JSON
+    "Whether a value is of a field's type."
+    kinds = {k for h in (get_args(hint) or (hint,)) for k in {float: (float, int), tuple: (list,)}.get(h, (h,))}
+    return type(value) in kinds
+
 def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
     "The method of a name; changes are fields of the method or settings of `TrainConfig`."
     name, *changes = spec.split(":")
     if name not in METHODS: raise InputError(f"method {name!r} is none of {', '.join(METHODS)}")
     method = METHODS[name]
-    own = {f.name for f in fields(method)} - {"title", "settings", "tuned_as"}
-    known = own | {f.name for f in fields(TrainConfig)}
+    own = {k: t for k, t in get_type_hints(type(method)).items() if k not in ("title", "settings", "tuned_as")}
+    known = {k: t for k, t in get_type_hints(TrainConfig).items() if k not in _OF_THE_CASE} | own
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or key not in known:
@@ -391,6 +416,8 @@ def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
             raise InputError(f"method {spec!r}: {change!r} is not key=value with a key of {keys}")
         try: value = json.loads(value)
         except json.JSONDecodeError: pass # a word
+        if not _fits(value, known[key]):
+            raise InputError(f"method {spec!r}: {key} is {getattr(known[key], '__name__', known[key])}, not {value!r}")
         changed = {key: value} if key in own else dict(settings={**method.settings, key: value})
         method = replace(method, **changed)
     return replace(method, title=f"{method.title} ({', '.join(changes)})") if changes else method

@@ -4,13 +4,15 @@
 
 # %% auto 0
 __all__ = ['FORMAT', 'SCORERS', 'TRUTH', 'Bench', 'data_folder', 'load_bench', 'read_table', 'fingerprint', 'Job', 'rates_file',
-           'rates', 'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders', 'prompts_of', 'compute', 'save',
-           'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'paired', 'by_case', 'table_of', 'means',
-           'gap', 'paper_bench', 'recorded', 'missing_note', 'find_part', 'completeness']
+           'rates', 'unsearched', 'unsearched_note', 'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders',
+           'prompts_of', 'compute', 'save', 'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'paired',
+           'by_case', 'table_of', 'means', 'gap', 'paper_bench', 'recorded', 'missing_note', 'find_part',
+           'completeness']
 
 # %% ../nbs/33_benchmark.ipynb
 import csv
 import json
+import math
 import multiprocessing
 import os
 import tempfile as _tempfile
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from . import metrics
 from .backbone import asset, base_size, find_base
-from .baselines import Method, find_method, seen
+from .baselines import find_method, seen
 from .core import InputError, content_hash, environment, pick_device, write_json
 from .data import load_case
 from .encode import cache_folder
@@ -80,11 +82,13 @@ def load_bench(name:str="toy", # "toy", "published", or a JSON file
     for key in ("cases", "search"):
         if isinstance(stored[key], str): stored[key] = read_table(path.parent/stored[key])
     if isinstance(stored["prompts"], str):
-        stored["prompts"] = (path.parent/stored["prompts"]).read_text(encoding="utf-8").splitlines()
+        stored["prompts"] = _text(path.parent/stored["prompts"]).splitlines()
     stored = {**stored, **{k: v for k, v in changes.items() if v is not None}}
     unknown = stored.keys() - {f.name for f in fields(Bench)}
     if unknown: raise InputError(f"{path}: {', '.join(sorted(unknown))}: no such setting of a benchmark")
-    return Bench(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    wrong = _wrong(bench := Bench(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}))
+    if wrong: raise InputError(f"{path}: {wrong}")
+    return bench
 
 def _stored(path):
     try: stored = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -93,16 +97,36 @@ def _stored(path):
     if missing: raise InputError(f"{path}: lacks {', '.join(missing)}; see data/benchmark/toy.json")
     return stored
 
+def _text(path):
+    try: return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read ({e})") from e
+
 def read_table(path) -> list:
-    "Rows of a CSV file as dictionaries."
-    with open(path, newline="", encoding="utf-8") as f: return list(csv.DictReader(f))
+    "Rows of a CSV file as dictionaries; `InputError` if it cannot be read."
+    return list(csv.DictReader(_text(path).splitlines()))
+
+# %% ../nbs/33_benchmark.ipynb
+def _wrong(b) -> str|None:
+    "The first setting that no benchmark can have."
+    for key in ("cases", "search"):
+        if not all(isinstance(c, dict) and {"subject", "motion"} <= c.keys() for c in getattr(b, key)):
+            return f"{key}: give a list of {{subject, motion}}"
+    if not isinstance(b.tables, dict) or not all(isinstance(t, list) for t in b.tables.values()):
+        return "tables: give a list of methods for each name"
+    if b.scorer not in SCORERS: return f"scorer {b.scorer!r} is none of {', '.join(SCORERS)}"
+    if not b.prompts: return "prompts: give one or more"
+    if not b.seeds or not all(type(s) is int and s >= 0 for s in b.seeds): return "seeds: whole numbers from 0 on"
+    for key in ("steps", "sampling", "videos", "batch", "images", "clips"):
+        if (v := getattr(b, key)) is not None and not (type(v) is int and v > 0): return f"{key} {v}: give 1 or more"
+    if not all(isinstance(r, (int, float)) and 0 < r < math.inf for r in b.lrs): return "lrs: give positive numbers"
+    if b.data is not None and not Path(b.data).is_dir(): return f"data: {b.data} is not a folder"
 
 # %% ../nbs/33_benchmark.ipynb
 FORMAT = 1 # of a result; a change in what scores mean is a new number
 
 @lru_cache
 def fingerprint(folder:Path) -> str:
-    "Of a folder of weights: names, sizes and both ends of its files; a base's note of sizes is read instead."
+    "Of a folder: names, sizes and both ends of its files; a base's note of sizes is read instead."
     parts = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "dualreal.json"):
         with open(path, "rb") as f:
@@ -120,6 +144,12 @@ class Job:
     lr: float | None = None # None: the base's own
 
     @property
+    def templates(self) -> list:
+        "One prompt for each video. Another seed goes on where the one before ended, so that all are asked."
+        prompts, n = self.bench.prompts, self.bench.videos or len(self.bench.prompts)
+        return [prompts[(self.seed * n + i) % len(prompts)] for i in range(n)]
+
+    @property
     def settings(self) -> dict:
         "What determines the result, JSON-able."
         b, method = self.bench, find_method(self.method)
@@ -128,9 +158,10 @@ class Job:
         for unused in (*method.ignores, *(["lr"] if self.lr is not None else [])):
             sizes["training"].pop(unused, None)
         toy = ("toy-clip", "toy-dino") if "toy" in (b.base, b.scorer) else ()
+        data = b.data and [fingerprint(find_part(b.data, self.case[k])) for k in ("subject", "motion")]
         return dict({k: getattr(b, k) for k in own}, format=FORMAT, method=method.described(), lr=self.lr,
                     case=self.case, seed=self.seed, base=fingerprint(find_base(b.base)), sizes=sizes,
-                    networks=[fingerprint(asset(name)) for name in toy], prompts=list(b.prompts), data=b.data)
+                    networks=[fingerprint(asset(name)) for name in toy], prompts=self.templates, data=data)
 
     @property
     def key(self) -> str: return content_hash(self.settings)[:16]
@@ -147,8 +178,21 @@ def rates_file(bench:Bench, out) -> Path: return Path(out)/bench.name/"learning_
 def rates(bench:Bench, out) -> dict: # method -> learning rate
     "The learning rates found by `search_lr`."
     path = rates_file(bench, out)
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: found["lr"] for name, found in stored.items()}
+    try: return {name: float(found["lr"]) for name, found in (_read(path) if path.is_file() else {}).items()}
+    except (TypeError, KeyError, AttributeError) as e:
+        raise InputError(f"{path}: is not what `dualreal bench search` writes; remove it and search again") from e
+
+def _read(path):
+    try: return json.loads(_text(path))
+    except ValueError as e: raise InputError(f"{path}: is damaged ({e}); remove it and run again") from e
+
+def unsearched(jobs:list) -> list: # methods
+    "Those with a learning rate of their own that nobody has searched for: they take DualReal's."
+    own = lambda j: (m := find_method(j.method)).kind_of_rate == "own" and "lr" not in m.settings and j.lr is None
+    return list(dict.fromkeys(j.method for j in jobs if own(j)))
+
+def unsearched_note(methods) -> str: # a sentence
+    return f"no learning rate was searched for {', '.join(methods)}: they take DualReal's; see `dualreal bench search`"
 
 def jobs_of(bench:Bench, out, methods=None, # specs or tables
             cases=None # "subject-motion"
@@ -206,14 +250,15 @@ SCORERS = dict(toy=ToyTruth, published=partial(Metrics, which="published"), pixe
 def case_folders(job:Job, home:Path) -> tuple: # (identity, motion) folders; home: where toyworld may draw
     "Where the case's pictures and clips are."
     if job.bench.data: return tuple(find_part(job.bench.data, job.case[k]) for k in ("subject", "motion"))
+    if not {job.case["subject"]} <= HELD_OUT_SUBJECTS.keys():
+        raise InputError(f"{job.bench.name}: its pictures and clips are yours to bring: give their folder with --data")
     write_case(home, job.case["subject"], job.case["motion"], job.bench.images, job.bench.clips)
     return home/"identity", home/"motion"
 
 def prompts_of(job:Job, case) -> list:
     "A prompt for each video."
-    scene, b = joint_prompt(case.identity_prompt, case.motion_prompt), job.bench
-    templates = [b.prompts[i % len(b.prompts)] for i in range(b.videos or len(b.prompts))]
-    return [t.format(scene) for t in templates]
+    scene = joint_prompt(case.identity_prompt, case.motion_prompt)
+    return [t.format(scene) for t in job.templates]
 
 def compute(job:Job) -> dict: # the result; its videos under "kept"
     "Train, generate, score."
@@ -279,6 +324,7 @@ def run_job(job:Job, out, work=compute) -> str: # "done", "there", "claimed"; wo
 def run_jobs(jobs:list, out, workers:int=1, ray:str=None, # address of a cluster, or "local"
              progress=True, work=compute) -> dict: # "done": count, "failed": {path: sentence}
     "Do all jobs whose results are missing."
+    if workers < 1: raise InputError(f"workers {workers}: give 1 or more")
     missing = [j for j in {j.path(out): j for j in jobs}.values() if not j.path(out).exists()]
     how = partial(_ray, address=ray) if ray else _serial if workers <= 1 else partial(_pool, workers=workers)
     done, failed = 0, {}
@@ -325,6 +371,9 @@ def _pool(jobs, out, workers, work, tries=3):
         futures = {threads.submit(attempt, job): job for job in jobs}
         for future in as_completed(futures):
             error = future.exception()
+            if isinstance(error, InputError):
+                threads.shutdown(wait=False, cancel_futures=True) # the others would hear the same
+                raise error
             yield futures[future], error and _said(error)
     for pool in pools: pool.shutdown()
 
@@ -335,7 +384,7 @@ def _ray(jobs, out, address, work):
         import ray
     except ImportError as e: raise InputError("--ray needs Ray: pip install 'dualreal[ray]'") from e
     ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1, max_retries=3)(work)
+    remote = ray.remote(num_cpus=1, num_gpus=int("GPU" in ray.cluster_resources()), max_retries=3)(work)
     waiting = {remote.remote(job): job for job in jobs if not job.path(out).exists()}
     while waiting:
         (ready, *_), _ = ray.wait(list(waiting))
@@ -351,7 +400,7 @@ def status(jobs:list, out) -> dict: # methods -> name -> done, diverged, missing
     table, wanted = {}, {j.path(out) for j in jobs}
     for job in jobs:
         row, path = table.setdefault(job.method, dict(done=0, diverged=0, missing=0)), job.path(out)
-        error = path.exists() and "error" in json.loads(path.read_text(encoding="utf-8"))
+        error = path.exists() and "error" in _read(path)
         row["missing" if not path.exists() else "diverged" if error else "done"] += 1
     folders = {j.path(out).parent for j in jobs}
     other = sum(p not in wanted for folder in folders for p in folder.glob("[!.]*.json"))
@@ -361,29 +410,43 @@ def status(jobs:list, out) -> dict: # methods -> name -> done, diverged, missing
 def search_lr(bench:Bench, out, methods=None, lrs=None, **how) -> dict: # how: of `run_jobs`
     "Find each method's learning rate on the search cases; writes and returns `learning_rates.json`."
     specs = [s for name in methods or bench.tables for s in bench.tables.get(name, [name])]
-    learns = lambda method: not method.tuned_as and type(method) is not Method
-    own = [spec for spec in dict.fromkeys(specs) if learns(find_method(spec))]
-    tried = [Job(bench, spec, case, seed, lr) for spec in own for lr in lrs or bench.lrs
-             for seed in bench.seeds for case in bench.search]
-    failed = run_jobs(tried, out, **how)["failed"]
-    if failed: raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
-    path = rates_file(bench, out)
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for spec in own: stored[spec] = _best(bench, out, [j for j in tried if j.method == spec])
-    write_json(path, stored)
+    own = [spec for spec in dict.fromkeys(specs) if find_method(spec).kind_of_rate == "own"]
+    path, grids = rates_file(bench, out), {spec: sorted(lrs or bench.lrs) for spec in own}
+    if not all(0 < lr < math.inf for grid in grids.values() for lr in grid):
+        raise InputError(f"lrs {lrs}: give positive numbers")
+    stored = _read(path) if path.is_file() else {}
+    for _ in range(3):
+        stored |= _tried(bench, out, grids, **how)
+        write_json(path, stored)
+        wider = {spec: _beyond(grid, stored[spec]["lr"]) for spec, grid in grids.items()}
+        grids = {spec: sorted([*grids[spec], lr]) for spec, lr in wider.items() if lr}
     return stored
+
+def _beyond(grid, best):
+    "The next rate where the best one lies on the edge of three or more."
+    if len(grid) < 3 or best not in (grid[0], grid[-1]): return None
+    return float(f"{best * (grid[0] / grid[1] if best == grid[0] else grid[-1] / grid[-2]):.1g}")
+
+def _tried(bench, out, grids, **how):
+    jobs = [Job(bench, spec, case, seed, lr) for spec, grid in grids.items() for lr in grid
+            for seed in bench.seeds for case in bench.search]
+    failed = run_jobs(jobs, out, **how)["failed"]
+    if failed: raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
+    return {spec: _best(bench, out, [j for j in jobs if j.method == spec]) for spec in grids}
 
 def _best(bench, out, jobs):
     "The learning rate of the highest mean objective over the search cases; a rate that diverges is out."
     table = {}
     for job in jobs:
-        rows = json.loads(job.path(out).read_text(encoding="utf-8"))["rows"]
-        scores = [np.mean([row[k] for k in bench.objective]) for row in rows]
+        scores = [[row.get(k) for k in bench.objective] for row in _read(job.path(out))["rows"]]
+        if None in sum(scores, []):
+            raise InputError(f"{job.path(out)}: lacks a score that the search maximises, {bench.objective}")
         table.setdefault(job.lr, []).append(float(np.mean(scores)) if scores else None)
     means = {lr: None if None in found else float(np.mean(found)) for lr, found in table.items()}
     held = {lr: m for lr, m in means.items() if m is not None}
     if not held: raise RuntimeError(f"{jobs[0].method}: all of {list(means)} diverged: try smaller --lrs")
-    return dict(lr=max(held, key=held.get), objective=list(bench.objective), cases=list(bench.search),
+    known = {k: jobs[0].settings[k] for k in ("steps", "videos", "base", "networks")}
+    return dict(lr=max(held, key=held.get), objective=list(bench.objective), cases=list(bench.search), **known,
                 seeds=list(bench.seeds), tried={str(k): v for k, v in means.items()})
 
 # %% ../nbs/33_benchmark.ipynb
@@ -393,12 +456,13 @@ def read_results(jobs:list, out) -> list: # records, in the order of the jobs
     "The results that are there."
     there = [(job, path) for job in jobs if (path := job.path(out)).exists()]
     facts = lambda job, path: dict(method=job.method, case=job.case, seed=job.seed, path=str(path))
-    return [json.loads(path.read_text(encoding="utf-8")) | facts(job, path) for job, path in there]
+    return [_read(path) | facts(job, path) for job, path in there]
 
 def paired(results:list) -> list: # of `read_results`
-    "Those of the cases and seeds that every method among them has: methods are compared on the same."
+    "Those of the cases and seeds that every method among them has videos of: methods are compared on the same."
     where, have = lambda r: (*r["case"].values(), r["seed"]), {}
-    for r in results: have.setdefault(r["method"], set()).add(where(r))
+    for r in results:
+        have.setdefault(r["method"], set()).update([] if r.get("error") else [where(r)])
     shared = set.intersection(*have.values()) if have else set()
     return [r for r in results if where(r) in shared]
 
@@ -450,7 +514,10 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
     jobs = jobs_of(bench, out, [table])
     failed = run_jobs(jobs, out, workers)["failed"] if run else {}
     found = read_results(jobs, out)
+    if run and (named := unsearched(jobs)): print(unsearched_note(named))
     print(missing_note(bench, table, found, len(jobs)))
+    for r in found:
+        if r.get("error"): print(f"diverged: {r['method']} on {' '.join(r['case'].values())}, seed {r['seed']}: {r['error']}")
     for path, why in failed.items(): print(f"failed: {path}: {why}")
     both = paired(found)
     if len(both) < len(found): print(f"shown: {len(both)}, of cases and seeds that all these methods have")

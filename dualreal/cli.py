@@ -13,6 +13,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -521,22 +522,39 @@ def run_bench(args):
     numbers = dict(seeds=_numbers(args.seeds, int, "seeds"), lrs=_numbers(args.lrs, float, "lrs"))
     given = {k: getattr(args, k) for k in ("base", "steps", "sampling", "videos", "data")}
     bench = b.load_bench(args.bench or "toy", **numbers, **given)
-    out, split = args.out or str(b.data_folder()/"results"), lambda text: text and text.split(",")
-    how = dict(workers=args.workers or 1, ray=args.ray)
-    if args.action == "search":
-        return print(json.dumps(b.search_lr(bench, out, split(args.methods), **how), indent=1))
-    jobs = b.jobs_of(bench, out, split(args.methods), split(args.cases))
-    if args.action == "run": _bench_run(b.run_jobs(jobs, out, **how), len(jobs))
-    if args.action == "status": _bench_status(b.status(jobs, out))
-    if args.action == "report":
-        print(_bench_report(b.table_of(b.read_results(jobs, out)), args.format))
+    out, methods = args.out or str(b.data_folder()/"results"), _split(args.methods)
+    how = dict(workers=1 if args.workers is None else args.workers, ray=args.ray)
+    if args.action == "search": return print(json.dumps(b.search_lr(bench, out, methods, **how), indent=1))
+    if args.lrs: raise InputError(f"--lrs is for bench search; for {args.action} give --methods NAME:lr=X")
+    if args.action == "report": return print(_bench_report(bench, out, args))
+    jobs = b.jobs_of(bench, out, methods, _split(args.cases))
+    if args.action == "status": return _bench_status(b.status(jobs, out))
+    if named := b.unsearched(jobs): print(b.unsearched_note(named))
+    _bench_run(b.run_jobs(jobs, out, **how), len(jobs))
 
-def _bench_report(table, style):
+def _split(text): # 'lora,isolated:strengths=[1,0.5]' -> the two; commas within brackets are not ours
+    return text and re.split(r",(?![^\[]*\])", text)
+
+def _bench_report(bench, out, args):
+    "One table of the methods asked for, or all of the benchmark's."
     from dualreal import report
     from dualreal.baselines import find_method
-    if style == "json": return json.dumps(table, indent=1)
-    shown = report.counted({find_method(m).title: row for m, row in table.items()})
-    return report.latex(shown) if style == "latex" else report.markdown(shown, "method")
+    asked = {None: _split(args.methods)} if args.methods else {name: [name] for name in bench.tables}
+    tables = {name: _bench_table(bench, out, methods, args) for name, methods in asked.items()}
+    if not any(tables.values()): raise InputError(f"{out}: no result of {bench.name} there; see dualreal bench run")
+    if args.format == "json": return json.dumps(tables.get(None, tables), indent=1)
+    shown = {k: report.counted({find_method(m).title: row for m, row in t.items()}) for k, t in tables.items() if t}
+    drawn = {k: report.latex(t) if args.format == "latex" else report.markdown(t, "method") for k, t in shown.items()}
+    return "\n\n".join(f"{'%' if args.format == 'latex' else '##'} {k}\n\n{t}" if k else t for k, t in drawn.items())
+
+def _bench_table(bench, out, methods, args):
+    "Methods compared on the cases and seeds that all of them have; what is missing is said."
+    from dualreal import benchmark as b
+    jobs = b.jobs_of(bench, out, methods, _split(args.cases))
+    shown = b.paired(found := b.read_results(jobs, out))
+    print(f"{', '.join(methods)}: {len(found)} of {len(jobs)} results are recorded, {len(shown)} are shown",
+          file=sys.stderr)
+    return b.table_of(shown)
 
 def _bench_run(ended, count):
     done, failed = ended["done"], ended["failed"]
@@ -551,7 +569,8 @@ def _bench_status(found):
 
 def _bench_data(args):
     from dualreal.benchmark import completeness
-    if args.data is None: raise InputError("bench data: name the folder with --data")
+    if not args.data or not Path(args.data).is_dir():
+        raise InputError(f"bench data: name the folder with --data{f', {args.data} is none' if args.data else ''}")
     told = completeness(args.data)
     print(f"{len(told['ready'])} of {told['cases']} cases can run")
     for name, row in told["short"].items(): print(f"{name}: {row['there']} of {row['expected']}")

@@ -140,6 +140,15 @@ def test_base_is_frozen_except_in_fine_tuning(home):
         assert not any(p.requires_grad for n, p in now.items() if n in stock)
 
 
+@pytest.mark.parametrize("spec", ["dualreal", "lora", "full_finetune", "isolated", "subject_then_motion"])
+def test_bfloat16_as_on_a_gpu(home, spec):
+    "What learns does so in fp32; videos are made in the base's own precision, which the VAE expects, too."
+    method, run = trained(home, spec, precision="bfloat16")
+    assert run.pipe.vae.dtype == torch.bfloat16
+    frames, _ = method.generate(run, PROMPTS, [0, 1], steps=2)
+    assert frames.shape == (2, 9, 32, 32, 3)
+
+
 def test_videos_in_a_batch_are_the_same_videos(home):
     method, run = trained(home, "dualreal", lr=.05)
     together, weights = videos(run, PROMPTS, [3, 4])

@@ -18,6 +18,7 @@ from dualreal.benchmark import (
     TRUTH,
     completeness,
     data_folder,
+    fingerprint,
     jobs_of,
     load_bench,
     read_results,
@@ -92,6 +93,26 @@ def test_end_to_end(home, bench, capsys):
         assert main(["bench", "report", *command[2:], "--format", style]) == 0
         assert "LoRA" in (said := capsys.readouterr().out) or "lora" in said
     assert main([*command, "--seeds", "x"]) == 2 and main([*command, "--methods", "unicorn"]) == 2
+
+
+def test_report_compares_the_same_cases(home, bench, tmp_path, capsys):
+    "What one method lacks, or diverged on, no method shows; how many that leaves is said."
+    report = ["bench", "report", "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]
+    assert main(report) == 2 and "no result" in capsys.readouterr().err
+    run_jobs(jobs_of(bench, tmp_path), tmp_path, progress=False, work=made)
+    first, second = jobs_of(bench, tmp_path, ["lora"])
+    second.path(tmp_path).unlink()
+    assert main([*report, "--format", "json", "--methods", "all"]) == 0
+    told = capsys.readouterr()
+    assert {m: row["temporal_flickering"]["n"] for m, row in json.loads(told.out).items()} == dict.fromkeys(
+        ("dualreal", "lora", "isolated"), 1)
+    assert "5 of 6 results are recorded, 3 are shown" in told.err
+    write_json(first.path(tmp_path), dict(made(first), rows=[], error="loss nan at step 3"))
+    assert main([*report, "--format", "json", "--methods", "dualreal,lora"]) == 2
+    assert main([*report, "--methods", "dualreal"]) == 0 and "| DualReal | 2 |" in capsys.readouterr().out
+    assert main(report) == 2  # its one table needs LoRA
+    first.path(tmp_path).write_text("{half")
+    assert main([*report, "--methods", "lora"]) == 2 and first.path(tmp_path).name in capsys.readouterr().err
 
 
 def test_changed_configurations_do_not_mix(bench, tmp_path):
@@ -262,6 +283,54 @@ def test_toy_scores_of_the_truth(tmp_path):
     assert mine["identity"] > .7 > .5 > other["identity"]
     assert mine["motion"] > .7 > other["motion"]
     assert {*METRICS, *TRUTH} <= mine.keys() and mine["clip_i"] > other["clip_i"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["run", "--videos", "0"], "videos 0: give 1 or more"), (["run", "--sampling", "-1"], "sampling -1"),
+    (["run", "--workers", "0"], "workers 0"), (["run", "--lrs", "0.1"], "--lrs is for bench search"),
+    (["search", "--lrs", "nan"], "lrs: give positive"),
+    (["status", "--data", "nowhere"], "nowhere is not a folder"),
+    (["run", "--methods", "isolated:motion_steps=abc"], "motion_steps is int | None, not 'abc'"),
+    (["data", "--data", "nowhere"], "nowhere is none")])
+def test_flags_that_cannot_be(home, tmp_path, capsys, flags, said):
+    assert main(["bench", *flags, "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
+
+
+def test_damaged_learning_rates(bench, tmp_path):
+    for text in ("{half", '{"lora": 0.1}', '[1]'):
+        (tmp_path / "tiny").mkdir(exist_ok=True)
+        (tmp_path / "tiny/learning_rates.json").write_text(text)
+        with pytest.raises(InputError, match="learning_rates.json"): jobs_of(bench, tmp_path)
+
+
+def test_pictures_of_the_published_benchmark_are_the_users(home, bench, tmp_path):
+    "Without a folder: one sentence, also from a pool. With one: the same files elsewhere are the same case."
+    alien = replace(bench, cases=({"subject": "dog6", "motion": "playingGuitar"},))
+    for workers in (1, 2):
+        with pytest.raises(InputError, match="give their folder with --data"):
+            run_jobs(jobs_of(alien, tmp_path, ["base"]), tmp_path, workers, progress=False)
+    write_case(tmp_path / "case", images=2, clips=2)
+    (tmp_path / "case/identity").rename(tmp_path / "case/dog6")
+    (tmp_path / "case/motion").rename(tmp_path / "case/playingGuitar")
+    shutil.copytree(tmp_path / "case", tmp_path / "copy")
+    key = lambda folder: jobs_of(replace(alien, data=str(tmp_path / folder)), tmp_path, ["base"])[0].key
+    assert key("case") == (before := key("copy"))
+    next((tmp_path / "copy/dog6").rglob("*.png")).unlink()
+    fingerprint.cache_clear()
+    assert key("copy") != before
+
+
+def test_best_rate_on_the_edge_is_not_the_end(bench, tmp_path):
+    "Ever larger rates win: two more are tried, and written down with what was asked of them."
+    def work(job):
+        value = {1e-4: .1, 1e-3: .2, 1e-2: .3, .1: .4, 1.: .5}[job.lr]
+        return dict(rows=[dict(temporal_flickering=value)] * 2, settings=job.settings, fps=8)
+    found = search_lr(bench, tmp_path, ["lora"], lrs=(1e-4, 1e-3, 1e-2), progress=False, work=work)["lora"]
+    assert found["lr"] == 1. and len(found["tried"]) == 5 and {"steps", "videos", "base"} <= found.keys()
+    null = lambda job: dict(rows=[dict(temporal_flickering=None)], settings=job.settings, fps=8)
+    with pytest.raises(InputError, match="lacks a score"):
+        search_lr(bench, tmp_path, ["isolated"], lrs=(1e-3,), progress=False, work=null)
 
 
 @pytest.mark.parametrize("text, said", [
