@@ -24,7 +24,7 @@ test: .venv/installed-docs
 	$(BIN)/python -m pytest -q
 
 # Also the cells and tests flagged slow; those that record results, need a GPU or downloaded weights stay out.
-test-all: test
+test-all: test .venv/installed-ray
 	$(BIN)/nbdev_test --n_workers 2 --timing --flags slow
 	$(BIN)/python -m pytest -q -m "not cuda and not weights"
 
@@ -40,4 +40,9 @@ docs: .venv/installed-docs
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install -e ".[docs]"
+	touch $@
+
+# One slow test runs the benchmark on a local Ray cluster.
+.venv/installed-ray: .venv/installed
+	$(BIN)/python -m pip install -e ".[ray]"
 	touch $@

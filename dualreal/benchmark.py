@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'SCORERS', 'TRUTH', 'Bench', 'data_folder', 'load_bench', 'read_table', 'fingerprint', 'Job', 'rates_file',
            'rates', 'unsearched', 'unsearched_note', 'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders',
            'prompts_of', 'compute', 'save', 'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'paired',
-           'by_case', 'table_of', 'means', 'gap', 'paper_bench', 'recorded', 'missing_note', 'find_part',
-           'completeness']
+           'by_case', 'table_of', 'means', 'gap', 'paper_bench', 'recorded', 'missing_note', 'spent', 'differs',
+           'find_part', 'completeness']
 
 # %% ../nbs/33_benchmark.ipynb
 import csv
@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from . import metrics
-from .backbone import asset, base_size, find_base
+from .backbone import BaseSize, asset, base_size, find_base
 from .baselines import find_method, seen
 from .core import InputError, content_hash, environment, pick_device, write_json
 from .data import load_case
@@ -37,7 +37,7 @@ from .encode import cache_folder
 from .evaluate import References, Results, encoder_names, score_frames
 from .metrics import METRICS, bootstrap, macro_average
 from .toyworld import HELD_OUT_SUBJECTS, write_case
-from .trainer import TrainConfig, joint_prompt
+from .trainer import PUBLISHED, TrainConfig, joint_prompt
 from .video import read_image, write_video
 
 # %% ../nbs/33_benchmark.ipynb
@@ -541,6 +541,28 @@ def missing_note(bench, table, found, count) -> str: # a sentence
     return f"{said}; `dualreal bench run {command}` records the others (one core: {hours}; or RUN = True)."
 
 def _hours(record): return sum(record["seconds"].values()) / 3600
+
+def spent(bench, out=None) -> str: # a sentence
+    "How many results a benchmark has in all, of any setting, and what they cost."
+    folder = Path(out or data_folder()/"results")/bench.name
+    there = [_read(p) for p in folder.glob("*/[!.]*.json")]
+    hours = sum(_hours(r) for r in there if r.get("seconds"))
+    return f"{len(there)} results of {bench.name} are recorded in all: {hours:.1f} hours of one core."
+
+def differs(bench) -> str: # sentences
+    "What of an experiment is not the paper's."
+    if bench.base == (paper := load_bench("published")).base: return "The published experiment, on its own base."
+    size = base_size(find_base(bench.base))
+    here = dict(PUBLISHED, rank=size.rank, groups=size.groups) | size.training
+    usual, count = BaseSize(), lambda b: f"{len(b.cases)} cases of {b.videos or len(b.prompts)} videos"
+    frames = lambda b: f"{b.frames} frames of {b.height}x{b.width}"
+    pairs = {"base": (bench.base, paper.base), "videos": (frames(size), frames(usual)),
+             "scored": (f"{count(bench)} and {len(bench.seeds)} seeds", count(paper)),
+             **{k: (bench.steps if k == "steps" and bench.steps else here[k], v) for k, v in PUBLISHED.items()
+                if k != "micro_batch"}, # which changes no result
+             "up_lr_ratio": (here.get("up_lr_ratio", 1), 1)}
+    told = ", ".join(f"{k} {ours} ({theirs})" for k, (ours, theirs) in pairs.items() if ours != theirs)
+    return f"Not as in the paper, whose own is in brackets: {told}. Nobody has run the paper's here, on any GPU."
 
 # %% ../nbs/33_benchmark.ipynb
 def find_part(root, name:str) -> Path:

@@ -451,7 +451,10 @@ def run_demo(args):
                          seed=args.seed, save_every=100, resume=True)
     path = train(config)
     sheet = _demo_sheet(args, out, json.loads((out/"run"/"run.json").read_text(encoding="utf-8")))
-    print(f"adapter  {path}\nvideos   {out/'run'/'samples'}\nsheet    {sheet}  <- open this")
+    scores = _demo_scores(args, out)
+    write_json(out/"scores.json", scores)
+    print(f"adapter  {path}\nvideos   {out/'run'/'samples'}\nscores   {out/'scores.json'}\n"
+          f"sheet    {sheet}  <- open this\n\n{_score_table(scores)}\n")
     print("expect some of the subject's looks and hardly any of the motion: the toy base is small\n"
           "next: your own folders, with dualreal check")
     print(f"{time.perf_counter() - start:.0f} seconds")
@@ -492,6 +495,28 @@ def _demo_sheet(args, out, run):
         rows.append((f"DualReal, seed {args.seed + i}", [read_video(p)[0]]))
     contact_sheet(rows + [("truth, not trained on", [truth])], path=out/"demo.png")
     return out/"demo.png"
+
+# %% ../nbs/41_cli.ipynb
+def _demo_scores(args, out) -> dict: # column -> a row for each of its videos
+    "What toyworld's readers find in the demo's videos: 0 is nothing of the subject or motion, 1 all of it."
+    from dualreal.toytruth import identity_scores, motion_score, read, read_tracks
+    from dualreal.toyworld import HELD_OUT_SUBJECTS
+    from dualreal.video import read_video
+    def scores(path):
+        r = read(read_video(path)[0])
+        found = identity_scores(r, HELD_OUT_SUBJECTS[args.subject])
+        return dict(found, motion=motion_score(read_tracks(r), args.motion), file=path.relative_to(out).as_posix())
+    files = dict(base=[out/"base.mp4"], DualReal=sorted((out/"run"/"samples").glob("*.mp4")),
+                 reference=[out/"truth.mp4"])
+    return {column: [scores(p) for p in paths] for column, paths in files.items()}
+
+def _score_table(scores):
+    "Means over each column's videos, in aligned lines."
+    mean = lambda rows, key: f"{sum(r[key] for r in rows) / len(rows):.2f}" if rows else "–"
+    lines = [["", *scores]]
+    for key in ("palette", "pattern", "kind", "identity", "motion"):
+        lines.append([key, *(mean(rows, key) for rows in scores.values())])
+    return "\n".join(f"{name:9}" + "".join(f"{c:>11}" for c in cells) for name, *cells in lines)
 
 # %% ../nbs/41_cli.ipynb
 _BENCH = dict(bench=(str, "toy, published, or a JSON file (default: toy)"), base=(str, "another base"),

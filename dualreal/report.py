@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['LABELS', 'LEAST', 'heading', 'read_report', 'order', 'frame', 'cells', 'tex', 'plain', 'markdown', 'latex',
-           'dot_plot', 'plane', 'counted', 'beside', 'verdict', 'answers', 'write_pages']
+           'dot_plot', 'plane', 'counted', 'beside', 'verdict', 'answers', 'summed_up', 'write_pages']
 
 # %% ../nbs/34_report.ipynb
 import base64
@@ -180,6 +180,12 @@ def answers(claims:dict, digits=3) -> pd.DataFrame: # of strings; claims: senten
     number = lambda d: cells({"": {"difference": d}}, digits).iloc[0, 0]
     rows = [[number(d), str(d["n"]), verdict(d)] for d in claims.values()]
     return pd.DataFrame(rows, index=list(claims), columns=["difference", "cases", "does it hold here?"])
+
+def summed_up(claims:dict) -> str: # claims: sentence -> difference
+    "How many of them hold, in a sentence."
+    said = [verdict(d) for d in claims.values()]
+    holds, fails, open_ = (said.count(v) for v in ("holds", "does not hold", "cannot be told"))
+    return f"Of {len(said)} claims {holds} hold here, {fails} do not, {open_} cannot be told."
 
 # %% ../nbs/34_report.ipynb
 def _told(report): # list of (heading, table)

@@ -85,8 +85,10 @@ def test_one_subject_for_all_is_not_claimed(made):
     for name in space["families"]: assert space["own_choice"](name)["mean"] == 0
 
 
-def test_published_experiment_is_asked_for_by_base():
-    from dualreal.benchmark import missing_note, paper_bench
-    bench = paper_bench("ablation", "THUDM/CogVideoX-5b", "photos")
+def test_published_experiment_is_asked_for_by_base(tmp_path):
+    from dualreal.benchmark import differs, missing_note, paper_bench
+    bench = paper_bench("ablation", "THUDM/CogVideoX-5b", str(tmp_path))
     note = missing_note(bench, "ablation", [], 60)
-    assert len(bench.cases) == 10 and "--bench published --methods ablation --data photos --cases" in note
+    assert len(bench.cases) == 10
+    assert f"--bench published --methods ablation --data {tmp_path} --cases" in note
+    assert "on its own base" in differs(bench) and "steps 300 (1000)" in differs(load_bench("toy"))
