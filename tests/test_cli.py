@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from dualreal.backbone import load_base
 from dualreal.checkpoint import load_adapter, read_adapter
-from dualreal.cli import main
+from dualreal.cli import _demo_scores, _score_table, main
 from dualreal.generate import generate as generate_frames
-from dualreal.toyworld import write_case
+from dualreal.toyworld import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
 
 @pytest.fixture(scope="session")
@@ -164,6 +164,34 @@ def test_demo_of_another_subject(tmp_path, capsys):
     assert "mint_cat" in complaint(capsys, 2, "demo", "--out", str(tmp_path))
     assert "teal_dragon" in complaint(capsys, 2, "demo", "--out", str(tmp_path), "--subject", "teal_dragon")
     assert "--steps 0" in complaint(capsys, 2, "demo", "--out", str(tmp_path), "--steps", "0")
+
+
+def test_demo_measures_its_videos(tmp_path):
+    "An empty stage has nothing of the subject, the drawn truth nearly all; DualReal's column is a mean."
+    truth = render(HELD_OUT_SUBJECTS["mint_cat"], "swinging", seed=1)[0]
+    empty = np.repeat(plate("grass")[None], 9, 0).astype(np.uint8)
+    videos = {"base": empty, "truth": truth, "run/samples/0": truth, "run/samples/1": empty}
+    for name, frames in videos.items():
+        write_video(tmp_path / f"{name}.mp4", frames, 8)
+    scores = _demo_scores(SimpleNamespace(subject="mint_cat", motion="swinging"), tmp_path)
+    assert [r["file"] for r in scores["DualReal"]] == ["run/samples/0.mp4", "run/samples/1.mp4"]
+    head, *rows = [line.split() for line in _score_table(scores).splitlines()]
+    assert head == ["base", "DualReal", "reference"]
+    assert [r[0] for r in rows] == ["palette", "pattern", "kind", "identity", "motion"]
+    for name, base, ours, reference in rows:
+        assert float(base) == 0 and float(reference) > .6
+        assert abs(float(ours) - float(reference) / 2) < .011, name
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--steps", "1"]) == 0
+    said = capsys.readouterr().out
+    scores = json.loads((out / "scores.json").read_text())
+    assert _score_table({k: scores[k] for k in ("base", "DualReal", "reference")}) in said
+    assert [len(rows) for rows in scores.values()] == [4, 1, 1] # sorted by name: DualReal, base, reference
+    assert scores["reference"][0]["identity"] > .7 and (out / "demo.png").is_file()
 
 
 def test_run_has_everything(trained):
