@@ -504,8 +504,8 @@ def _demo_scores(args, out) -> dict: # column -> a row for each of its videos
     from dualreal.video import read_video
     def scores(path):
         r = read(read_video(path)[0])
-        found = identity_scores(r, HELD_OUT_SUBJECTS[args.subject])
-        return dict(found, motion=motion_score(read_tracks(r), args.motion), file=path.relative_to(out).as_posix())
+        found = dict(file=path.relative_to(out).as_posix(), motion=motion_score(read_tracks(r), args.motion))
+        return found | identity_scores(r, HELD_OUT_SUBJECTS[args.subject])
     files = dict(base=[out/"base.mp4"], DualReal=sorted((out/"run"/"samples").glob("*.mp4")),
                  reference=[out/"truth.mp4"])
     return {column: [scores(p) for p in paths] for column, paths in files.items()}
