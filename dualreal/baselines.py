@@ -399,15 +399,16 @@ _OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache",
 
 def _fits(value, hint) -> bool: # value: from JSON
     "Whether a value is of a field's type."
-    kinds = {k for h in (get_args(hint) or (hint,)) for k in {float: (float, int), tuple: (list,)}.get(h, (h,))}
-    return type(value) in kinds
+    also = {float: (float, int), tuple: (list,)} # how JSON may write it
+    return type(value) in {k for h in get_args(hint) or (hint,) for k in also.get(h, (h,))}
 
 def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
     "The method of a name; changes are fields of the method or settings of `TrainConfig`."
     name, *changes = spec.split(":")
     if name not in METHODS: raise InputError(f"method {name!r} is none of {', '.join(METHODS)}")
     method = METHODS[name]
-    own = {k: t for k, t in get_type_hints(type(method)).items() if k not in ("title", "settings", "tuned_as")}
+    fixed = {"title", "settings", "tuned_as"}
+    own = {k: t for k, t in get_type_hints(type(method)).items() if k not in fixed}
     known = {k: t for k, t in get_type_hints(TrainConfig).items() if k not in _OF_THE_CASE} | own
     for change in changes:
         key, equals, value = change.partition("=")
@@ -416,8 +417,8 @@ def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
             raise InputError(f"method {spec!r}: {change!r} is not key=value with a key of {keys}")
         try: value = json.loads(value)
         except json.JSONDecodeError: pass # a word
-        if not _fits(value, known[key]):
-            raise InputError(f"method {spec!r}: {key} is {getattr(known[key], '__name__', known[key])}, not {value!r}")
+        if not _fits(value, hint := known[key]):
+            raise InputError(f"method {spec!r}: {key} is {getattr(hint, '__name__', hint)}, not {value!r}")
         changed = {key: value} if key in own else dict(settings={**method.settings, key: value})
         method = replace(method, **changed)
     return replace(method, title=f"{method.title} ({', '.join(changes)})") if changes else method

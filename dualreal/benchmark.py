@@ -106,6 +106,8 @@ def read_table(path) -> list:
     return list(csv.DictReader(_text(path).splitlines()))
 
 # %% ../nbs/33_benchmark.ipynb
+def _rate(lr): return isinstance(lr, (int, float)) and 0 < lr < math.inf
+
 def _wrong(b) -> str|None:
     "The first setting that no benchmark can have."
     for key in ("cases", "search"):
@@ -115,10 +117,11 @@ def _wrong(b) -> str|None:
         return "tables: give a list of methods for each name"
     if b.scorer not in SCORERS: return f"scorer {b.scorer!r} is none of {', '.join(SCORERS)}"
     if not b.prompts: return "prompts: give one or more"
-    if not b.seeds or not all(type(s) is int and s >= 0 for s in b.seeds): return "seeds: whole numbers from 0 on"
+    count = lambda v, least: type(v) is int and v >= least
+    if not b.seeds or not all(count(s, 0) for s in b.seeds): return "seeds: give whole numbers from 0 on"
     for key in ("steps", "sampling", "videos", "batch", "images", "clips"):
-        if (v := getattr(b, key)) is not None and not (type(v) is int and v > 0): return f"{key} {v}: give 1 or more"
-    if not all(isinstance(r, (int, float)) and 0 < r < math.inf for r in b.lrs): return "lrs: give positive numbers"
+        if (v := getattr(b, key)) is not None and not count(v, 1): return f"{key} {v}: give 1 or more"
+    if not all(_rate(lr) for lr in b.lrs): return "lrs: give positive numbers"
     if b.data is not None and not Path(b.data).is_dir(): return f"data: {b.data} is not a folder"
 
 # %% ../nbs/33_benchmark.ipynb
@@ -180,7 +183,7 @@ def rates(bench:Bench, out) -> dict: # method -> learning rate
     path = rates_file(bench, out)
     try: return {name: float(found["lr"]) for name, found in (_read(path) if path.is_file() else {}).items()}
     except (TypeError, KeyError, AttributeError) as e:
-        raise InputError(f"{path}: is not what `dualreal bench search` writes; remove it and search again") from e
+        raise InputError(f"{path}: not what `dualreal bench search` writes; remove it, search again") from e
 
 def _read(path):
     try: return json.loads(_text(path))
@@ -188,11 +191,12 @@ def _read(path):
 
 def unsearched(jobs:list) -> list: # methods
     "Those with a learning rate of their own that nobody has searched for: they take DualReal's."
-    own = lambda j: (m := find_method(j.method)).kind_of_rate == "own" and "lr" not in m.settings and j.lr is None
-    return list(dict.fromkeys(j.method for j in jobs if own(j)))
+    asked = {j.method: find_method(j.method) for j in jobs if j.lr is None}
+    return [spec for spec, m in asked.items() if m.kind_of_rate == "own" and "lr" not in m.settings]
 
 def unsearched_note(methods) -> str: # a sentence
-    return f"no learning rate was searched for {', '.join(methods)}: they take DualReal's; see `dualreal bench search`"
+    names = ", ".join(methods)
+    return f"no learning rate was searched for {names}: they take DualReal's; see `dualreal bench search`"
 
 def jobs_of(bench:Bench, out, methods=None, # specs or tables
             cases=None # "subject-motion"
@@ -251,7 +255,7 @@ def case_folders(job:Job, home:Path) -> tuple: # (identity, motion) folders; hom
     "Where the case's pictures and clips are."
     if job.bench.data: return tuple(find_part(job.bench.data, job.case[k]) for k in ("subject", "motion"))
     if not {job.case["subject"]} <= HELD_OUT_SUBJECTS.keys():
-        raise InputError(f"{job.bench.name}: its pictures and clips are yours to bring: give their folder with --data")
+        raise InputError(f"{job.bench.name}: pictures and clips are yours: give their folder with --data")
     write_case(home, job.case["subject"], job.case["motion"], job.bench.images, job.bench.clips)
     return home/"identity", home/"motion"
 
@@ -412,7 +416,7 @@ def search_lr(bench:Bench, out, methods=None, lrs=None, **how) -> dict: # how: o
     specs = [s for name in methods or bench.tables for s in bench.tables.get(name, [name])]
     own = [spec for spec in dict.fromkeys(specs) if find_method(spec).kind_of_rate == "own"]
     path, grids = rates_file(bench, out), {spec: sorted(lrs or bench.lrs) for spec in own}
-    if not all(0 < lr < math.inf for grid in grids.values() for lr in grid):
+    if not all(_rate(lr) for grid in grids.values() for lr in grid):
         raise InputError(f"lrs {lrs}: give positive numbers")
     stored = _read(path) if path.is_file() else {}
     for _ in range(3):
@@ -446,8 +450,8 @@ def _best(bench, out, jobs):
     held = {lr: m for lr, m in means.items() if m is not None}
     if not held: raise RuntimeError(f"{jobs[0].method}: all of {list(means)} diverged: try smaller --lrs")
     known = {k: jobs[0].settings[k] for k in ("steps", "videos", "base", "networks")}
-    return dict(lr=max(held, key=held.get), objective=list(bench.objective), cases=list(bench.search), **known,
-                seeds=list(bench.seeds), tried={str(k): v for k, v in means.items()})
+    return dict(lr=max(held, key=held.get), objective=list(bench.objective), cases=list(bench.search),
+                seeds=list(bench.seeds), tried={str(k): v for k, v in means.items()}, **known)
 
 # %% ../nbs/33_benchmark.ipynb
 TRUTH = ("identity", "palette", "pattern", "kind", "motion")
@@ -459,7 +463,7 @@ def read_results(jobs:list, out) -> list: # records, in the order of the jobs
     return [_read(path) | facts(job, path) for job, path in there]
 
 def paired(results:list) -> list: # of `read_results`
-    "Those of the cases and seeds that every method among them has videos of: methods are compared on the same."
+    "Those of the cases and seeds of which every method among them has videos: compared on the same."
     where, have = lambda r: (*r["case"].values(), r["seed"]), {}
     for r in results:
         have.setdefault(r["method"], set()).update([] if r.get("error") else [where(r)])
@@ -517,7 +521,8 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
     if run and (named := unsearched(jobs)): print(unsearched_note(named))
     print(missing_note(bench, table, found, len(jobs)))
     for r in found:
-        if r.get("error"): print(f"diverged: {r['method']} on {' '.join(r['case'].values())}, seed {r['seed']}: {r['error']}")
+        case = f"{' '.join(r['case'].values())}, seed {r['seed']}"
+        if r.get("error"): print(f"diverged: {r['method']} on {case}: {r['error']}")
     for path, why in failed.items(): print(f"failed: {path}: {why}")
     both = paired(found)
     if len(both) < len(found): print(f"shown: {len(both)}, of cases and seeds that all these methods have")
@@ -551,7 +556,8 @@ def spent(bench, out=None) -> str: # a sentence
 
 def differs(bench) -> str: # sentences
     "What of an experiment is not the paper's."
-    if bench.base == (paper := load_bench("published")).base: return "The published experiment, on its own base."
+    paper = load_bench("published")
+    if bench.base == paper.base: return "The published experiment, on its own base."
     size = base_size(find_base(bench.base))
     here = dict(PUBLISHED, rank=size.rank, groups=size.groups) | size.training
     usual, count = BaseSize(), lambda b: f"{len(b.cases)} cases of {b.videos or len(b.prompts)} videos"
@@ -562,7 +568,7 @@ def differs(bench) -> str: # sentences
                 if k != "micro_batch"}, # which changes no result
              "up_lr_ratio": (here.get("up_lr_ratio", 1), 1)}
     told = ", ".join(f"{k} {ours} ({theirs})" for k, (ours, theirs) in pairs.items() if ours != theirs)
-    return f"Not as in the paper, whose own is in brackets: {told}. Nobody has run the paper's here, on any GPU."
+    return f"Not as in the paper, whose own is in brackets: {told}. The paper's was not run here, on any GPU."
 
 # %% ../nbs/33_benchmark.ipynb
 def find_part(root, name:str) -> Path:

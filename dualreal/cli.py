@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from .core import InputError, write_json
@@ -566,11 +567,13 @@ def _bench_report(bench, out, args):
     from dualreal.baselines import find_method
     asked = {None: _split(args.methods)} if args.methods else {name: [name] for name in bench.tables}
     tables = {name: _bench_table(bench, out, methods, args) for name, methods in asked.items()}
-    if not any(tables.values()): raise InputError(f"{out}: no result of {bench.name} there; see dualreal bench run")
+    if not any(tables.values()):
+        raise InputError(f"{out}: no result of {bench.name} there to compare; see dualreal bench run")
     if args.format == "json": return json.dumps(tables.get(None, tables), indent=1)
-    shown = {k: report.counted({find_method(m).title: row for m, row in t.items()}) for k, t in tables.items() if t}
-    drawn = {k: report.latex(t) if args.format == "latex" else report.markdown(t, "method") for k, t in shown.items()}
-    return "\n\n".join(f"{'%' if args.format == 'latex' else '##'} {k}\n\n{t}" if k else t for k, t in drawn.items())
+    drawn = dict(latex=("%", report.latex), markdown=("##", partial(report.markdown, corner="method")))
+    mark, draw = drawn[args.format]
+    named = lambda t: report.counted({find_method(m).title: row for m, row in t.items()})
+    return "\n\n".join((f"{mark} {k}\n\n" if k else "") + draw(named(t)) for k, t in tables.items() if t)
 
 def _bench_table(bench, out, methods, args):
     "Methods compared on the cases and seeds that all of them have; what is missing is said."
@@ -594,8 +597,8 @@ def _bench_status(found):
 
 def _bench_data(args):
     from dualreal.benchmark import completeness
-    if not args.data or not Path(args.data).is_dir():
-        raise InputError(f"bench data: name the folder with --data{f', {args.data} is none' if args.data else ''}")
+    if args.data is None: raise InputError("bench data: name the folder with --data")
+    if not Path(args.data).is_dir(): raise InputError(f"bench data: {args.data} is not a folder")
     told = completeness(args.data)
     print(f"{len(told['ready'])} of {told['cases']} cases can run")
     for name, row in told["short"].items(): print(f"{name}: {row['there']} of {row['expected']}")

@@ -143,7 +143,7 @@ def _pairs(items:Iterable):
 def deviation(degree:float, # of a video
               references # degrees of the reference clips, not empty
              ) -> float: # pixels; negative: moves less than the references
-    "Signed difference of a dynamic degree from the references' mean; better is nearer 0, and a claim compares sizes."
+    "Signed difference of a degree from the references' mean; nearer 0 is better; claims compare size."
     if not len(references): raise Undefined("there is no reference clip")
     return float(degree - np.mean(references))
 

@@ -291,7 +291,7 @@ def test_toy_scores_of_the_truth(tmp_path):
     (["search", "--lrs", "nan"], "lrs: give positive"),
     (["status", "--data", "nowhere"], "nowhere is not a folder"),
     (["run", "--methods", "isolated:motion_steps=abc"], "motion_steps is int | None, not 'abc'"),
-    (["data", "--data", "nowhere"], "nowhere is none")])
+    (["data", "--data", "nowhere"], "nowhere is not a folder")])
 def test_flags_that_cannot_be(home, tmp_path, capsys, flags, said):
     assert main(["bench", *flags, "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
