@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from . import metrics
 from .backbone import BaseSize, asset, base_size, find_base
-from .baselines import find_method, seen
+from .baselines import DualReal, find_method, seen
 from .core import InputError, content_hash, environment, pick_device, write_json
 from .data import load_case
 from .encode import cache_folder
@@ -115,7 +115,6 @@ def _wrong(b) -> str|None:
             return f"{key}: give a list of {{subject, motion}}"
     if not isinstance(b.tables, dict) or not all(isinstance(t, list) for t in b.tables.values()):
         return "tables: give a list of methods for each name"
-    if b.scorer not in SCORERS: return f"scorer {b.scorer!r} is none of {', '.join(SCORERS)}"
     if not b.prompts: return "prompts: give one or more"
     count = lambda v, least: type(v) is int and v >= least
     if not b.seeds or not all(count(s, 0) for s in b.seeds): return "seeds: give whole numbers from 0 on"
@@ -190,9 +189,10 @@ def _read(path):
     except ValueError as e: raise InputError(f"{path}: is damaged ({e}); remove it and run again") from e
 
 def unsearched(jobs:list) -> list: # methods
-    "Those with a learning rate of their own that nobody has searched for: they take DualReal's."
+    "Those with a learning rate of their own that nobody has searched for: they take DualReal's own."
     asked = {j.method: find_method(j.method) for j in jobs if j.lr is None}
-    return [spec for spec, m in asked.items() if m.kind_of_rate == "own" and "lr" not in m.settings]
+    return [spec for spec, m in asked.items()
+            if m.kind_of_rate == "own" and not isinstance(m, DualReal) and "lr" not in m.settings]
 
 def unsearched_note(methods) -> str: # a sentence
     names = ", ".join(methods)
@@ -329,6 +329,8 @@ def run_jobs(jobs:list, out, workers:int=1, ray:str=None, # address of a cluster
              progress=True, work=compute) -> dict: # "done": count, "failed": {path: sentence}
     "Do all jobs whose results are missing."
     if workers < 1: raise InputError(f"workers {workers}: give 1 or more")
+    for scorer in {j.bench.scorer for j in jobs} - SCORERS.keys():
+        raise InputError(f"scorer {scorer!r} is none of {', '.join(SCORERS)}")
     missing = [j for j in {j.path(out): j for j in jobs}.values() if not j.path(out).exists()]
     how = partial(_ray, address=ray) if ray else _serial if workers <= 1 else partial(_pool, workers=workers)
     done, failed = 0, {}

@@ -270,6 +270,8 @@ def test_bad_input(home, tmp_path):
     write_json(tmp_path / "odd.json", dict(json.loads((home / "tiny.json").read_text()), unicorn=1))
     with pytest.raises(InputError, match="unicorn"): load_bench(str(tmp_path / "odd.json"))
     assert main(["bench", "data"]) == 2
+    with pytest.raises(InputError, match="scorer 'mine' is none of toy, published, pixels"):
+        run_jobs(jobs_of(load_bench(str(home / "tiny.json"), scorer="mine"), tmp_path), tmp_path)
 
 
 def test_toy_scores_of_the_truth(tmp_path):
