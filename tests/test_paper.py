@@ -12,7 +12,7 @@ from dualreal.video import write_video
 
 PAPER = Path(__file__).resolve().parent.parent / "nbs/paper"
 NAMES = sorted(p.stem for p in PAPER.glob("[0-9]*.ipynb"))
-STEPS = sorted({int(spec.split("=")[1]) for spec in load_bench("toy").tables["motion_steps"]})
+STEPS = sorted({int(spec.split("motion_steps=")[1]) for spec in load_bench("toy").tables["motion_steps"]})
 
 
 def scores(job, video):
@@ -20,7 +20,7 @@ def scores(job, video):
     noise = np.random.default_rng([job.seed, video]).normal(0, .001)
     row = dict.fromkeys(("clip_i", "dino_i", "identity", "motion"), .8 if job.method == "dualreal" else .5)
     if "motion_steps" in job.method:
-        done, case = int(job.method.split("=")[1]), job.bench.cases.index(job.case)
+        done, case = int(job.method.split("motion_steps=")[1]), job.bench.cases.index(job.case)
         best, moved = .3 * (done == STEPS[case % 3]), .4 * done / STEPS[-1]
         row |= dict(identity=.6 - moved + best, motion=.2 + moved + best)
     good = {k: v + noise for k, v in row.items()}
