@@ -81,7 +81,8 @@ def test_one_subject_for_all_is_not_claimed(made):
     "Where all subjects agree, their own number is no better than the common one."
     space = run("04_figure2", made)
     for r in space["found"]:
-        for row in r["rows"]: row |= dict(identity=.5 - int(r["method"].split("motion_steps=")[1]) / 3000, motion=.5)
+        steps = int(r["method"].split("motion_steps=")[1])
+        for row in r["rows"]: row |= dict(identity=.5 - steps / 3000, motion=.5)
     for name in space["families"]: assert space["own_choice"](name)["mean"] == 0
 
 
