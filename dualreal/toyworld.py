@@ -7,10 +7,14 @@ __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESS
            'HELD_OUT_MOTIONS', 'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'rgb', 'circle', 'ellipse', 'box', 'convex', 'union',
            'Kind', 'kind', 'Subject', 'layers', 'Motion', 'verbs', 'plate', 'Truth', 'paint', 'tracks', 'find_motion',
            'render', 'flow', 'caption', 'characters', 'random_subject', 'random_caption', 'random_clip', 'named_clip',
-           'write_case', 'identity_pictures', 'motion_clips']
+           'many', 'write_case', 'identity_pictures', 'motion_clips']
 
 # %% ../nbs/02_toyworld.ipynb
 import colorsys
+import multiprocessing
+import os
+import pickle
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -549,6 +553,24 @@ def named_clip(rng, # numpy Generator
         motion, frames, jitter = Motion("", _path(lambda t, p: pose)), 1, 1.
     clip, truth = render(subject, motion, place, frames, height, width, rng, rng.uniform(.25, .34), jitter)
     return clip, random_caption(rng, truth), truth
+
+# %% ../nbs/02_toyworld.ipynb
+def many(draw:Callable, # numpy Generator -> anything that can be pickled
+         count:int, seed:int|tuple=0,
+         processes:int=None # None: one for each core
+        ) -> list: # of `count`
+    "`draw` so many times, in processes of their own where the system can fork; `InputError` if one of them dies."
+    processes = min(processes or os.cpu_count(), count) if hasattr(os, "fork") else 1
+    part = lambda k: [draw(np.random.default_rng([*np.atleast_1d(seed), i])) for i in range(k, count, processes)]
+    if processes < 2: return part(0) if count else []
+    with tempfile.TemporaryDirectory() as folder:
+        def work(k): Path(folder, str(k)).write_bytes(pickle.dumps(part(k), protocol=5))
+        workers = [multiprocessing.get_context("fork").Process(target=work, args=(k,)) for k in range(processes)]
+        for w in workers: w.start()
+        for w in workers: w.join()
+        if any(w.exitcode for w in workers): raise InputError("many: a process that draws died; what it said is above")
+        parts = [pickle.loads(Path(folder, str(k)).read_bytes()) for k in range(processes)]
+    return [parts[i % processes][i // processes] for i in range(count)]
 
 # %% ../nbs/02_toyworld.ipynb
 def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, and a `prompts.txt` in both
