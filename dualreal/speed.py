@@ -430,7 +430,8 @@ def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=CARDS, r
     for memory, compiled in cards:
         measure(f"ours, {memory}{', compiled' * compiled}",
                 lambda m=memory, c=compiled: training_on(m, shapes, rounds=rounds, compiled=c), memory)
-        if len(record["rows"]) == 2: measure("plain and base", lambda: plain_training(shapes, rounds=rounds))
-    ways = ("plain", "ours", "compiled")[:2 + any(compiled for _, compiled in cards)]
-    measure("sampling", lambda: sampling_on(shapes, rounds=rounds, ways=ways))
+        if len(record["rows"]) == 2:
+            measure("plain and base", lambda: plain_training(shapes, rounds=rounds))
+            measure("sampling", lambda: sampling_on(shapes, rounds=rounds, ways=("plain", "ours")))
+    if cards[-1][1]: measure("sampling, compiled", lambda: sampling_on(shapes, rounds=rounds, ways=("compiled",)))
     return record
