@@ -13,7 +13,7 @@ recipe() { run "$1" "recipe-$1"; }
 recipe 01 & VAE=$!
 while [ ! -e "$WORK/pool-0.npy" ] && kill -0 $VAE 2>/dev/null; do sleep 1; done
 echo "drawing, second $SECONDS"
-draw() { DUALREAL_DRAW=$1 run 02 "draw-$1"; }
+draw() { (renice -n 10 $BASHPID > /dev/null; DUALREAL_DRAW=$1 run 02 "draw-$1"); }
 draw 0
 draw 1 &
 while [ ! -e "$WORK/toy-vae" ] && kill -0 $VAE 2>/dev/null; do sleep 1; done
