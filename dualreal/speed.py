@@ -127,7 +127,7 @@ def build(shapes:Shapes, adapter=True, seed=0, device="cpu"):
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randn(2**20, generator=draw).to(device) # repeated: drawing 5.6 billion numbers takes minutes
     filled = lambda t, dtype: noise.repeat(-(-t.numel() // 2**20))[:t.numel()].view(t.shape).to(dtype)
-    transformer.to_empty(device=device).to(getattr(torch, shapes.dtype))
+    transformer.to(getattr(torch, shapes.dtype)).to_empty(device=device)
     for name, p in transformer.named_parameters():
         size = .5 / p.shape[-1]**.5 if p.ndim > 1 else .02
         p.data = filled(p, p.dtype) * size + ("norm" in name and p.ndim == 1)
@@ -355,13 +355,14 @@ def record_more(name:str, rows=COMPILED, path="data/results/speed/cpu.json", rou
     return record
 
 # %% ../nbs/35_speed.ipynb
-def training_on(memory, shapes=FIVE_B, device="cuda", rounds=3, compiled=False) -> dict:
+def training_on(memory, shapes=FIVE_B, device="cuda", rounds=3, compiled=False, row=None) -> dict:
     "Step times and peak memory of our step within `memory` GB; measured on the device as it is."
     transformer = build(shapes, device="cpu" if memory != "auto" and memory < 16 else device)
     chosen = plan(transformer, StepSize(8*shapes.height, 8*shapes.side, 4*shapes.frames - 3), memory, device)
     apply(transformer, chosen, device)
     if compiled: compile_blocks(transformer)
-    row = dict(memory=memory, compiled=compiled, plan=str(chosen), predicted_bytes=chosen.bytes)
+    row = {} if row is None else row # told as far as it went, should it fail
+    row.update(memory=memory, compiled=compiled, plan=str(chosen), predicted_bytes=chosen.bytes)
     for dimension in ("motion", "identity"):
         given = inputs(shapes, dimension, device)
         our_step(transformer, given, dimension) # warm, and compiled
@@ -419,17 +420,19 @@ def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=CARDS, r
     "Measure the GPU rows, the most telling first; written after each, so that nothing is lost. A row that fails says why."
     total = torch.cuda.get_device_properties(0).total_memory
     record = dict(shapes=asdict(shapes), rounds=rounds, environment=environment(), attention=attention_backends(), rows={})
-    def measure(name, run, memory="auto"):
+    def measure(name, run, memory="auto", row=None):
+        row = {} if row is None else row
         torch.cuda.set_per_process_memory_fraction(1. if memory == "auto" else min(1., memory * 2**30 / total))
         start = time.perf_counter()
-        try: row = run()
-        except RuntimeError as e: row = dict(failed=f"{type(e).__name__}: {e}"[:400]) # out of memory, for one
+        try: row.update(run())
+        except RuntimeError as e: row.update(failed=f"{type(e).__name__}: {e}"[:400]) # out of memory, for one
         record["rows"][name] = dict(row, minutes=round((time.perf_counter() - start) / 60, 2))
         write_json(path, record)
         _emptied()
     for memory, compiled in cards:
+        row = {}
         measure(f"ours, {memory}{', compiled' * compiled}",
-                lambda m=memory, c=compiled: training_on(m, shapes, rounds=rounds, compiled=c), memory)
+                lambda m=memory, c=compiled, r=row: training_on(m, shapes, rounds=rounds, compiled=c, row=r), memory, row)
         if len(record["rows"]) == 2:
             measure("plain and base", lambda: plain_training(shapes, rounds=rounds))
             measure("sampling", lambda: sampling_on(shapes, rounds=rounds, ways=("plain", "ours")))

@@ -8,10 +8,13 @@ DATA holds a folder of pictures and one of clips, named as in `paths`. What the 
 runs, how long it takes and how much memory it needs is what these commands tell.
 """
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dualreal.core.pick_device`
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
