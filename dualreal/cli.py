@@ -618,8 +618,8 @@ def _studio_flags(p):
 # %% ../nbs/41_cli.ipynb
 def _demo_flags(p):
     _add(p, "out", str, "default: demo-out", metavar="DIR", default="demo-out")
-    _add(p, "subject", str, "a held-out toy subject (default: lavender_ghost)", default="lavender_ghost")
-    _add(p, "motion", str, "a held-out toy motion (default: swinging)", default="swinging")
+    _add(p, "subject", str, "a held-out toy subject (default: teal_cat)", default="teal_cat")
+    _add(p, "motion", str, "a held-out toy motion (default: hopping)", default="hopping")
     _add(p, "steps", int, "training steps")
     _add(p, "seed", int, "default: 42", default=42)
 
