@@ -1,10 +1,10 @@
 """What only a GPU can show, with the 5B's shapes and random weights: nothing is downloaded.
 
-    python tools/gpu.py speed data/results/speed/gpu.json        # the table of nbs/35_speed.ipynb
-    python tools/gpu.py base /dev/shm/five-b                     # a base folder, 12 GB
-    python tools/gpu.py paths /dev/shm/five-b DATA data/results  # train and benchmark on it, end to end
+    python tools/gpu.py speed FILE [ROWS [ROUNDS]]  # the table of nbs/35_speed.ipynb; data/results/speed/gpu.json
+    python tools/gpu.py base FOLDER [small]         # a base, 12 GB; small: a tiny one, to try these commands on a CPU
+    python tools/gpu.py paths FOLDER DATA OUT       # train and benchmark on that base, end to end
 
-DATA holds a folder of pictures and one of clips, named as in `paths`. What the videos show is noise; that every step
+DATA holds a folder of pictures (dog) and one of clips (playingGuitar). What the videos show is noise; that every step
 runs, how long it takes and how much memory it needs is what these commands tell.
 """
 import json
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dualreal.core.pick_device`
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `pick_device` does
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
@@ -23,7 +23,9 @@ from transformers import T5Config, T5EncoderModel
 from dualreal.backbone import byte_tokenizer, scheduler_5b
 from dualreal.speed import CARDS, FIVE_B, Shapes, build, record_gpu
 
-SMALL = Shapes(128, 4, 226, 3, 8, 12, groups=2, text_dim=64)  # to try these commands without a GPU
+SMALL = Shapes(128, 4, 226, 3, 8, 12, groups=2, text_dim=64)
+WIDE = dict(block_out_channels=(128, 256, 256, 512), layers_per_block=3)  # the 5B's VAE
+NARROW = dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
 CASE = dict(subject="dog", motion="playingGuitar")
 METHODS = "dualreal", "lora", "isolated", "without_stageblender"
 
@@ -32,18 +34,20 @@ def make_base(folder, shapes=FIVE_B):
     "A pipeline of these shapes. The text encoder has the T5-XXL's width and two of its layers."
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, shapes.dtype)
     torch.manual_seed(0)
-    five_b = dict(block_out_channels=(128, 256, 256, 512), layers_per_block=3)
-    vae = AutoencoderKLCogVideoX(latent_channels=16, scaling_factor=.7, sample_height=8 * shapes.height, sample_width=8 * shapes.side,
-        **(five_b if shapes == FIVE_B else dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)),
-        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4)
+    height, width, frames = 8 * shapes.height, 8 * shapes.side, 4 * shapes.frames - 3
+    vae = AutoencoderKLCogVideoX(
+        latent_channels=16, scaling_factor=.7, sample_height=height, sample_width=width,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        **(WIDE if shapes == FIVE_B else NARROW))
     tokenizer = byte_tokenizer(shapes.text)
-    text = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=shapes.text_dim, d_ff=2 * shapes.text_dim, num_layers=2,
-        num_heads=shapes.text_dim // 64, d_kv=64, feed_forward_proj="gated-gelu"))
+    d = shapes.text_dim
+    text = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=d, d_ff=2 * d, num_layers=2,
+                                   num_heads=d // 64, d_kv=64, feed_forward_proj="gated-gelu"))
     pipe = CogVideoXPipeline(tokenizer=tokenizer, text_encoder=text.to(dtype), vae=vae.to(dtype),
         transformer=build(shapes, adapter=False, device=device), scheduler=scheduler_5b())
     pipe.save_pretrained(folder)
-    note = dict(height=8 * shapes.height, width=8 * shapes.side, frames=4 * shapes.frames - 3, max_tokens=shapes.text,
-        rank=shapes.rank, groups=shapes.groups, reference_encoder="toy")
+    note = dict(height=height, width=width, frames=frames, max_tokens=shapes.text,
+                rank=shapes.rank, groups=shapes.groups, reference_encoder="toy")
     (Path(folder)/"dualreal.json").write_text(json.dumps(note))
 
 
@@ -60,20 +64,24 @@ def paths(base, data, out, methods=METHODS):
     "`dualreal train` in 24 GB, then a case of a benchmark with several methods."
     data, work = Path(data), Path(base).parent
     bench = dict(name="gpu-paths", base=str(base), scorer="pixels", data=str(data), cases=[CASE], search=[],
-        prompts=["{} in a garden"], tables=dict(paths=methods), objective=["temporal_flickering"], seeds=[0], steps=3, sampling=3)
+                 prompts=["{} in a garden"], tables=dict(paths=methods), objective=["temporal_flickering"],
+                 seeds=[0], steps=3, sampling=3)
     (work/"gpu-paths.json").write_text(json.dumps(bench))
     folders = "--identity", data/CASE["subject"], "--motion", data/CASE["motion"]
-    failed = told("train", "--base", base, *folders, "--out", work/"run", "--steps", 4, "--samples", 0, "--trackers", "none",
-        *(("--memory", 24) if torch.cuda.is_available() else ()))
+    limit = ("--memory", 24) if torch.cuda.is_available() else ()
+    failed = told("train", "--base", base, *folders, "--out", work/"run", "--steps", 4, "--samples", 0,
+                  "--trackers", "none", *limit)
     for method in methods:
         failed += told("bench", "run", "--bench", work/"gpu-paths.json", "--methods", method, "--out", out)
     return failed
 
 
-def main(what, *where):
-    if what == "speed": record_gpu(where[0], cards=CARDS[:int(where[1])] if where[1:] else CARDS, rounds=int(where[2]) if where[2:] else 3)
-    elif what == "base": make_base(where[0], SMALL if where[1:] == ("small",) else FIVE_B)
-    elif what == "paths": sys.exit(paths(*where))
+def main(what="", *where):
+    if what == "speed" and where:
+        rows = int(where[1]) if where[1:] else len(CARDS)
+        record_gpu(where[0], cards=CARDS[:rows], rounds=int(where[2]) if where[2:] else 3)
+    elif what == "base" and where: make_base(where[0], SMALL if where[1:] == ("small",) else FIVE_B)
+    elif what == "paths" and len(where) == 3: sys.exit(paths(*where))
     else: sys.exit(__doc__)
 
 
