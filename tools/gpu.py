@@ -1,11 +1,14 @@
 """What only a GPU can show, with the 5B's shapes and random weights: nothing is downloaded.
 
-    python tools/gpu.py speed FILE [ROWS [ROUNDS]]  # the table of nbs/35_speed.ipynb; data/results/speed/gpu.json
-    python tools/gpu.py base FOLDER [small]         # a base, 12 GB; small: a tiny one, to try these commands on a CPU
-    python tools/gpu.py paths FOLDER DATA OUT       # train and benchmark on that base, end to end
+The table of nbs/35_speed.ipynb; a base of 12 GB (small: a tiny one, to try this on a CPU); training and a
+benchmark on that base, end to end:
 
-DATA holds a folder of pictures (dog) and one of clips (playingGuitar). What the videos show is noise; that every step
-runs, how long it takes and how much memory it needs is what these commands tell.
+    python tools/gpu.py speed data/results/speed/gpu.json [ROWS [ROUNDS]]
+    python tools/gpu.py base FOLDER [small]
+    python tools/gpu.py paths FOLDER DATA OUT
+
+DATA holds a folder of pictures (dog) and one of clips (playingGuitar). What the videos show is noise: that
+every step runs, how long it takes and how much memory it needs is what these commands tell.
 """
 import json
 import os
