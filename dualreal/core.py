@@ -111,7 +111,9 @@ def seed_all(seed:int): # seeds python, numpy and torch (all devices)
 def pick_device(name:str=None): # e.g. "cpu", "cuda:1", "mps"; None: the first CUDA device, else the CPU
     "The torch device to use; `InputError` if `name` is not usable here."
     import torch
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True") # else 10 of 80 GB were lost in gaps
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # without it an eighth of a card was lost in gaps
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if name is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

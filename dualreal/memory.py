@@ -389,7 +389,7 @@ def plan(transformer,       # with its adapter; may be on the meta device
                      "a smaller micro-batch or smaller videos")
 
 # %% ../nbs/23_memory.ipynb
-def apply(transformer,     # with its adapter, in main memory where the plan streams
+def apply(transformer,     # with its adapter; in main memory, if it does not fit elsewhere
           plan:Plan,
           device="cpu") -> BlockStream | None: # None: nothing is streamed
     "Set the policies of a plan and move what belongs to the device."

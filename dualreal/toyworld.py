@@ -559,17 +559,20 @@ def many(draw:Callable, # numpy Generator -> anything that can be pickled
          count:int, seed:int|tuple=0,
          processes:int=None # None: one for each core
         ) -> list: # of `count`
-    "`draw` so many times, in processes of their own where the system can fork; `InputError` if one of them dies."
+    "`draw` so many times, in processes of their own where the system can fork; `InputError` if one dies."
     processes = min(processes or os.cpu_count(), count) if hasattr(os, "fork") else 1
-    part = lambda k: [draw(np.random.default_rng([*np.atleast_1d(seed), i])) for i in range(k, count, processes)]
+    rng = lambda i: np.random.default_rng([*np.atleast_1d(seed), i])
+    part = lambda k: [draw(rng(i)) for i in range(k, count, processes)]
     if processes < 2: return part(0) if count else []
     with tempfile.TemporaryDirectory() as folder:
-        def work(k): Path(folder, str(k)).write_bytes(pickle.dumps(part(k), protocol=5))
-        workers = [multiprocessing.get_context("fork").Process(target=work, args=(k,)) for k in range(processes)]
+        file, fork = lambda k: Path(folder, str(k)), multiprocessing.get_context("fork")
+        def work(k): file(k).write_bytes(pickle.dumps(part(k), protocol=5))
+        workers = [fork.Process(target=work, args=(k,)) for k in range(processes)]
         for w in workers: w.start()
         for w in workers: w.join()
-        if any(w.exitcode for w in workers): raise InputError("many: a process that draws died; what it said is above")
-        parts = [pickle.loads(Path(folder, str(k)).read_bytes()) for k in range(processes)]
+        if any(w.exitcode for w in workers):
+            raise InputError("many: a process that draws died; what it said is above")
+        parts = [pickle.loads(file(k).read_bytes()) for k in range(processes)]
     return [parts[i % processes][i // processes] for i in range(count)]
 
 # %% ../nbs/02_toyworld.ipynb

@@ -113,7 +113,7 @@ def test_python_of_the_readme_runs(home):
     short = short.replace("seed=1)", "seed=1, steps=2)")
     assert short.count("steps=2") == 2
     exec(short, {})
-    assert (home / "ghost.mp4").is_file()
+    assert (home / "cat.mp4").is_file()
 
 
 def test_make_targets_exist():

@@ -7,23 +7,21 @@ benchmark on that base, end to end:
     python tools/gpu.py base FOLDER [small]
     python tools/gpu.py paths FOLDER DATA OUT
 
-DATA holds a folder of pictures (dog) and one of clips (playingGuitar). What the videos show is noise: that
-every step runs, how long it takes and how much memory it needs is what these commands tell.
+DATA holds a folder of pictures (dog) and one of clips (playingGuitar), a prompts.txt in each. What the videos
+show is noise: that every step runs, how long it takes and how much memory it needs is what these commands tell.
 """
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `pick_device` does
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from transformers import T5Config, T5EncoderModel
 
 from dualreal.backbone import byte_tokenizer, scheduler_5b
+from dualreal.core import pick_device
 from dualreal.speed import CARDS, FIVE_B, Shapes, build, record_gpu
 
 SMALL = Shapes(128, 4, 226, 3, 8, 12, groups=2, text_dim=64)
@@ -35,7 +33,7 @@ METHODS = "dualreal", "lora", "isolated", "without_stageblender"
 
 def make_base(folder, shapes=FIVE_B):
     "A pipeline of these shapes. The text encoder has the T5-XXL's width and two of its layers."
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, shapes.dtype)
+    device, dtype = pick_device(), getattr(torch, shapes.dtype)
     torch.manual_seed(0)
     height, width, frames = 8 * shapes.height, 8 * shapes.side, 4 * shapes.frames - 3
     vae = AutoencoderKLCogVideoX(
@@ -80,6 +78,7 @@ def paths(base, data, out, methods=METHODS):
 
 
 def main(what="", *where):
+    pick_device()  # also settles how the device's memory is shared out
     if what == "speed" and where:
         rows = int(where[1]) if where[1:] else len(CARDS)
         record_gpu(where[0], cards=CARDS[:rows], rounds=int(where[2]) if where[2:] else 3)
