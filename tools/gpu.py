@@ -7,8 +7,8 @@ benchmark on that base, end to end:
     python tools/gpu.py base FOLDER [small]
     python tools/gpu.py paths FOLDER DATA OUT
 
-DATA holds a folder of pictures (dog) and one of clips (playingGuitar), a prompts.txt in each. What the videos
-show is noise: that every step runs, how long it takes and how much memory it needs is what these commands tell.
+DATA holds a folder of pictures (dog) and one of clips (playingGuitar), a prompts.txt in each. What videos
+show is noise: that every step runs, how long it takes and how much memory it needs is what these tell.
 """
 import json
 import subprocess
