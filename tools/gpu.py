@@ -17,38 +17,21 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
-from transformers import T5Config, T5EncoderModel
 
-from dualreal.backbone import byte_tokenizer, scheduler_5b
+from dualreal.backbone import tiny_pipeline, wide_pipeline
 from dualreal.core import pick_device
-from dualreal.speed import CARDS, FIVE_B, Shapes, build, record_gpu
+from dualreal.speed import CARDS, record_gpu
 
-SMALL = Shapes(128, 4, 226, 3, 8, 12, groups=2, text_dim=64)
-WIDE = dict(block_out_channels=(128, 256, 256, 512), layers_per_block=3)  # the 5B's VAE
-NARROW = dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
 CASE = dict(subject="dog", motion="playingGuitar")
 METHODS = "dualreal", "lora", "isolated", "without_stageblender"
 
 
-def make_base(folder, shapes=FIVE_B):
-    "A pipeline of these shapes. The text encoder has the T5-XXL's width and two of its layers."
-    device, dtype = pick_device(), getattr(torch, shapes.dtype)
-    torch.manual_seed(0)
-    height, width, frames = 8 * shapes.height, 8 * shapes.side, 4 * shapes.frames - 3
-    vae = AutoencoderKLCogVideoX(
-        latent_channels=16, scaling_factor=.7, sample_height=height, sample_width=width,
-        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
-        **(WIDE if shapes == FIVE_B else NARROW))
-    tokenizer = byte_tokenizer(shapes.text)
-    d = shapes.text_dim
-    text = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=d, d_ff=2 * d, num_layers=2,
-                                   num_heads=d // 64, d_kv=64, feed_forward_proj="gated-gelu"))
-    pipe = CogVideoXPipeline(tokenizer=tokenizer, text_encoder=text.to(dtype), vae=vae.to(dtype),
-        transformer=build(shapes, adapter=False, device=device), scheduler=scheduler_5b())
-    pipe.save_pretrained(folder)
-    note = dict(height=height, width=width, frames=frames, max_tokens=shapes.text,
-                rank=shapes.rank, groups=shapes.groups, reference_encoder="toy")
+def make_base(folder, small=False):
+    "All 42 blocks and the whole VAE; one layer of the text encoder."
+    with torch.device(pick_device()):
+        if small: tiny_pipeline(folder, tokens=64)
+        else: wide_pipeline(folder, layers=42, vae_channels=(128, 256, 256, 512))
+    note = dict(reference_encoder="toy", **(dict(rank=4, groups=2) if small else {}))
     (Path(folder)/"dualreal.json").write_text(json.dumps(note))
 
 
@@ -82,7 +65,7 @@ def main(what="", *where):
     if what == "speed" and where:
         rows = int(where[1]) if where[1:] else len(CARDS)
         record_gpu(where[0], cards=CARDS[:rows], rounds=int(where[2]) if where[2:] else 3)
-    elif what == "base" and where: make_base(where[0], SMALL if where[1:] == ("small",) else FIVE_B)
+    elif what == "base" and where: make_base(where[0], where[1:] == ("small",))
     elif what == "paths" and len(where) == 3: sys.exit(paths(*where))
     else: sys.exit(__doc__)
 
