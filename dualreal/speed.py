@@ -424,14 +424,20 @@ def sampling_on(shapes=FIVE_B, device="cuda", rounds=3, steps=50, ways=WAYS) -> 
 
 CARDS = (24, False), ("auto", False), (16, False), (12, False), ("auto", True) # gigabytes, compiled
 
-def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=CARDS, rounds=3) -> dict:
+def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=CARDS, rounds=3,
+               only=() # names of rows; none: all
+              ) -> dict:
     "Measure the GPU rows, the most telling first; each is written at once, in place of one of its name."
     path, start = Path(path), dict(shapes=asdict(shapes), rows={})
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else start
     if record["shapes"] != start["shapes"]:
         raise InputError(f"{path}: has rows of other shapes; give another file")
+    named = {f"ours, {memory}" + ", compiled" * compiled: (memory, compiled) for memory, compiled in cards}
+    if unknown := set(only) - {*named, "plain and base", "sampling"}:
+        raise InputError(f"row {', '.join(unknown)}: is none of {'; '.join(named)}; plain and base; sampling")
     total = torch.cuda.get_device_properties(0).total_memory
     def measure(name, run, memory="auto"): # run: fills a row
+        if only and name not in only: return
         cap = 1. if memory == "auto" else min(1., memory * 2**30 / total)
         torch.cuda.set_per_process_memory_fraction(cap)
         row = dict(rounds=rounds, environment=environment(), attention=attention_backends())
@@ -440,9 +446,8 @@ def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=CARDS, r
         record["rows"][name] = row
         write_json(path, record)
         _emptied()
-    for memory, compiled in cards:
+    for name, (memory, compiled) in named.items():
         how = dict(shapes=shapes, rounds=rounds, compiled=compiled)
-        name = f"ours, {memory}" + ", compiled" * compiled
         measure(name, lambda row, m=memory, h=how: training_on(m, row=row, **h), memory)
     measure("plain and base", lambda row: row.update(plain_training(shapes, rounds=rounds)))
     ways = WAYS if any(compiled for _, compiled in cards) else WAYS[:2]

@@ -3,12 +3,13 @@
 The table of nbs/35_speed.ipynb; a base of 12 GB (small: a tiny one, to try this on a CPU); training and a
 benchmark on that base, end to end:
 
-    python tools/gpu.py speed data/results/speed/gpu.json [ROWS [ROUNDS]]
+    python tools/gpu.py speed data/results/speed/gpu.json [ROUNDS [ROW ...]]
     python tools/gpu.py base FOLDER [small]
     python tools/gpu.py paths FOLDER DATA OUT
 
-DATA holds a folder of pictures (dog) and one of clips (playingGuitar), a prompts.txt in each. What videos
-show is noise: that every step runs, how long it takes and how much memory it needs is what these tell.
+ROW is a name in that file, "ours, 16" for one; none: all. DATA holds a folder of pictures (dog) and one of
+clips (playingGuitar), a prompts.txt in each. What videos show is noise: that every step runs, how long it
+takes and how much memory it needs is what these tell.
 """
 import json
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 from dualreal.backbone import tiny_pipeline, wide_pipeline
 from dualreal.core import pick_device
-from dualreal.speed import CARDS, record_gpu
+from dualreal.speed import record_gpu
 
 CASE = dict(subject="dog", motion="playingGuitar")
 METHODS = "dualreal", "lora", "isolated", "without_stageblender"
@@ -63,8 +64,7 @@ def paths(base, data, out, methods=METHODS):
 def main(what="", *where):
     pick_device()  # also settles how the device's memory is shared out
     if what == "speed" and where:
-        rows = int(where[1]) if where[1:] else len(CARDS)
-        record_gpu(where[0], cards=CARDS[:rows], rounds=int(where[2]) if where[2:] else 3)
+        record_gpu(where[0], rounds=int(where[1]) if where[1:] else 3, only=where[2:])
     elif what == "base" and where: make_base(where[0], where[1:] == ("small",))
     elif what == "paths" and len(where) == 3: sys.exit(paths(*where))
     else: sys.exit(__doc__)
