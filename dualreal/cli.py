@@ -118,6 +118,7 @@ def _train_flags(p):
                    help="less memory, more time (default: on a GPU)")
     p.add_argument("--eight-bit", action="store_true", help="Adam's states in eight bits (bitsandbytes)")
     p.add_argument("--fp8", action="store_true", help="APPROXIMATE: frozen weights in eight bits")
+    p.add_argument("--compile", action="store_true", help="compile the blocks: faster steps on a GPU")
     _add(p, "score_previews", str, "measure previews and mark the best step; toy, published or "
          "auto networks (default: those of the base)", nargs="?", const="auto",
          choices=("auto", "toy", "published"), metavar="SET")

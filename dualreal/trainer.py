@@ -45,7 +45,7 @@ from .checkpoint import FILE, adapter_tensors, find_adapter, read_adapter, save_
 from .data import MIN_CLIP, Item, load_case, read_item
 from .encode import Encoded, EncodedCase, check_prompt, check_writable, encode_case, encode_prompt, release
 from .generate import generate, sized
-from .memory import Plan, StepSize, adamw, advice, apply, budget_bytes, plan
+from .memory import Plan, StepSize, adamw, advice, apply, budget_bytes, compile_blocks, plan
 from .objective import denoising_loss
 from .switch import TrainingSwitch, focus, parts_of
 from .tuner import DualRealConfig, blend_weights, check_attachable
@@ -89,6 +89,7 @@ class TrainConfig:
     memory: str | None = None            # "auto" or gigabytes: plan the steps for it
     eight_bit: bool = False              # optimiser states in eight bits (bitsandbytes)
     fp8: bool = False                    # APPROXIMATE: frozen weights in eight bits
+    compile: bool = False                # the blocks: a minute or more at first, then faster steps on a GPU
     save_every: int = 100                # steps between checkpoints; 0: only when the run is told to stop
     keep: int = 3                        # newest checkpoints that stay
     preview_every: int = 0               # steps between previews; 0: none
@@ -304,7 +305,7 @@ def check_out(out, resume:bool) -> bool: # True: there is a finished run, nothin
         raise InputError(f"{out} holds a run: continue it with --resume (resume=True) or give another --out")
     return resume and (out/"run.json").exists()
 
-_MAY_DIFFER = set("resume out identity motion cache device gradient_checkpointing memory micro_batch "
+_MAY_DIFFER = set("resume out identity motion cache device gradient_checkpointing memory micro_batch compile "
                   "save_every preview_every samples prompts keep trackers".split())
 
 def check_same(config:TrainConfig):
@@ -430,6 +431,7 @@ def _place(run):
     else:
         pipe.transformer.to(device)
         if thrifty: pipe.transformer.enable_gradient_checkpointing()
+    if config.compile: compile_blocks(pipe.transformer, dynamic=False) # one for clips, one for pictures
 
 def out_of_memory(run) -> RuntimeError:
     "What to try, and that nothing saved is lost."

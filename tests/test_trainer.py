@@ -25,7 +25,7 @@ from dualreal.backbone import tiny_pipeline
 from dualreal.checkpoint import Interrupted, adapter_tensors, damage, read_adapter, step_folders
 from dualreal.cli import _say_best, main
 from dualreal.core import InputError
-from dualreal.memory import Plan
+from dualreal.memory import Plan, compile_blocks
 from dualreal.trainer import TrainConfig, checkpoints, prepare, restore, scalars, train, train_step
 from dualreal.video import read_video, write_video
 
@@ -296,6 +296,20 @@ def test_a_plan_changes_nothing(home, whole, tmp_path, capsys, monkeypatch, memo
     assert (alike if memory == "stream" else same)(tmp_path / "run", whole)
     plan = json.loads((tmp_path / "run/run.json").read_text())["plan"]
     assert {k: plan[k] for k in kept} == kept and 0 < plan["bytes"] <= plan["budget"]
+
+
+@pytest.mark.parametrize("memory", [None, LITTLE])
+def test_compiled(home, whole, tmp_path, monkeypatch, memory):
+    "A run may go on with compiled blocks (traced only: no C++ compiler is needed here)."
+    traced = []
+    def as_traced(transformer, **how):
+        traced.append(how)
+        compile_blocks(transformer, backend="aot_eager", **how)
+    monkeypatch.setattr("dualreal.trainer.compile_blocks", as_traced)
+    with pytest.raises(Interrupted): train(settings(home, tmp_path / "run", memory=memory), stop_at(3))
+    assert not traced
+    train(settings(home, tmp_path / "run", memory=memory, resume=True, compile=True), progress=False)
+    assert traced == [dict(dynamic=False)] and alike(tmp_path / "run", whole)
 
 
 def test_memory_may_change(home, whole, tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dualreal.backbone import tiny_pipeline, wide_pipeline
-from dualreal.core import pick_device
+from dualreal.core import pick_device, write_json
 from dualreal.speed import record_gpu
 
 CASE = dict(subject="dog", motion="playingGuitar")
@@ -58,7 +58,18 @@ def paths(base, data, out, methods=METHODS):
                   "--trackers", "none", *limit)
     for method in methods:
         failed += told("bench", "run", "--bench", work/"gpu-paths.json", "--methods", method, "--out", out)
+    write_json(Path(out)/"paths.json", noted(work/"run", Path(out)))
     return failed
+
+
+def noted(run, out):
+    "Times and memory of such runs, from their own records."
+    read = lambda path: json.loads(path.read_text(encoding="utf-8"))
+    train, results = read(run/"run.json"), map(read, sorted((out/"gpu-paths").glob("*/*.json")))
+    steps = [{k: row[k] for k in ("dimension", "seconds")} for row in train["log"]]
+    whole = {k: train[k] for k in ("plan", "peak_memory_bytes", "seconds", "environment")}
+    return dict(train=dict(whole, steps=steps),
+                methods={r["method"]: {k: r[k] for k in ("seconds", "seen", "environment")} for r in results})
 
 
 def main(what="", *where):
