@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'SCORERS', 'TRUTH', 'Bench', 'data_folder', 'load_bench', 'read_table', 'fingerprint', 'Job', 'rates_file',
            'rates', 'unsearched', 'unsearched_note', 'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders',
            'prompts_of', 'compute', 'save', 'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'paired',
-           'by_case', 'table_of', 'means', 'gap', 'paper_bench', 'recorded', 'missing_note', 'spent', 'differs',
-           'find_part', 'completeness']
+           'by_case', 'table_of', 'means', 'gap', 'paper_bench', 'recorded', 'machines', 'missing_note', 'spent',
+           'differs', 'find_part', 'completeness']
 
 # %% ../nbs/33_benchmark.ipynb
 import csv
@@ -18,6 +18,7 @@ import os
 import tempfile as _tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -528,7 +529,14 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
     for path, why in failed.items(): print(f"failed: {path}: {why}")
     both = paired(found)
     if len(both) < len(found): print(f"shown: {len(both)}, of cases and seeds that all these methods have")
+    if both: print(machines(both))
     return both
+
+def machines(results:list) -> str: # a phrase
+    "Where results were computed."
+    of = lambda e: f"{e['gpu'] or str(e['cores']) + ' cores'}, Python {e['python']}, torch {e['packages']['torch']}"
+    counts = Counter(of(r["environment"]) for r in results)
+    return "computed on: " + "; ".join(f"{name} ({n})" for name, n in counts.most_common())
 
 def missing_note(bench, table, found, count) -> str: # a sentence
     "What is recorded and took how long, which command records the rest, and how long that will take."
