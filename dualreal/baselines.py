@@ -116,28 +116,31 @@ def plain_step(run:Run, prior:float=0.) -> dict: # prior: weight of the class's 
 
 # %% ../nbs/32_baselines.ipynb
 @torch.no_grad()
-def videos(run:Run, prompts:list, seeds:list, batch:int=5, **sizes
+def videos(run:Run, prompts:list, seeds:list, batch:int=5,
+           steps:int=None, guidance:float=None, frames:int=None # default: the base's own
           ) -> tuple: # frames uint8 (V, F, H, W, 3), mean identity weights (steps, groups) or None
-    "A video for each prompt, which `run.texts` must hold; sizes: `steps`, `guidance`."
+    "A video for each prompt, which `run.texts` must hold."
+    given = dict(steps=steps, guidance=guidance, frames=frames)
+    base = replace(run.size, **{k: v for k, v in given.items() if v is not None})
     run.pipe.vae.to(run.accelerator.device)
     scheduler, run.pipe.scheduler = run.pipe.scheduler, trailing(run.pipe.scheduler)
     cuts, made, weights = range(0, len(prompts), batch), [], []
     thrifty, run.pipe.transformer.gradient_checkpointing = run.pipe.transformer.gradient_checkpointing, False
     try:
-        for i in cuts: made.append(_batch_of(run, prompts[i:i+batch], seeds[i:i+batch], weights, sizes))
+        for i in cuts: made.append(_batch_of(run, prompts[i:i+batch], seeds[i:i+batch], weights, base))
     finally: run.pipe.scheduler, run.pipe.transformer.gradient_checkpointing = scheduler, thrifty
     mean = torch.stack(weights).reshape(len(cuts), -1, *weights[0].shape).mean(0) if weights else None
     return np.concatenate(made), mean
 
-def _batch_of(run, prompts, seeds, weights, sizes):
-    "Videos of one batch; notes the identity weight of every step."
-    pipe, base, n = run.pipe, run.size, len(prompts)
+def _batch_of(run, prompts, seeds, weights, base):
+    "Videos of one batch in a base's sizes; notes the identity weight of every step."
+    pipe, n = run.pipe, len(prompts)
     adapted = any(isinstance(m, Conductor) for m in pipe.transformer.modules())
     def watch(pipe, step, timestep, tensors): # the prompts' half of both guidance branches comes second
         if adapted: weights.append(blend_weights(pipe.transformer)[-n:].mean(0).float().cpu())
         return {}
-    how = dict(num_inference_steps=sizes.get("steps") or base.steps, height=base.height, width=base.width,
-               guidance_scale=sizes.get("guidance", base.guidance), num_frames=base.frames)
+    how = dict(num_inference_steps=base.steps, height=base.height, width=base.width,
+               guidance_scale=base.guidance, num_frames=base.frames)
     text = [run.texts[p].to(run.accelerator.device, pipe.transformer.dtype) for p in ("", *prompts)]
     pipe.set_progress_bar_config(disable=True)
     with given_reference(pipe.transformer, run.case.reference) if adapted else nullcontext():
