@@ -534,7 +534,9 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
 
 def machines(results:list) -> str: # a phrase
     "Where results were computed."
-    of = lambda e: f"{e['gpu'] or str(e['cores']) + ' cores'}, Python {e['python']}, torch {e['packages']['torch']}"
+    def of(e):
+        machine = e["gpu"] or f"{e['cores']} cores"
+        return f"{machine}, Python {e['python']}, torch {e['packages']['torch']}"
     counts = Counter(of(r["environment"]) for r in results)
     return "computed on: " + "; ".join(f"{name} ({n})" for name, n in counts.most_common())
 

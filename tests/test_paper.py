@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dualreal.benchmark import jobs_of, load_bench
-from dualreal.core import write_json
+from dualreal.core import environment, write_json
 from dualreal.report import verdict
 from dualreal.video import write_video
 
@@ -32,7 +32,7 @@ def scores(job, video):
 def result(job):
     late = np.linspace(-.02, .02, 9)[:, None] * [1, .5, 0] + [.1, .1, .07]
     return dict(rows=[scores(job, i) for i in range(2)], seconds=dict(train=60), config=dict(scale=.2),
-                weights=late.tolist() if job.method == "dualreal" else None)
+                environment=environment(), weights=late.tolist() if job.method == "dualreal" else None)
 
 
 @pytest.fixture(scope="module")
