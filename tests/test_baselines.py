@@ -161,6 +161,12 @@ def test_videos_in_a_batch_are_the_same_videos(home):
     assert weights.shape == (2, 2)
 
 
+def test_videos_have_the_size_of_the_run_not_of_its_base(home):
+    method, run = trained(home, "base", height=48, width=16)
+    assert videos(run, PROMPTS[:1], [0])[0].shape == (1, 9, 48, 16, 3)
+    assert videos(run, PROMPTS[:1], [0], frames=1)[0].shape == (1, 1, 48, 16, 3)
+
+
 def test_control_moves_attention(home):
     method, run = trained(home, "subject_then_motion")
     strong, none = (find_method(f"subject_then_motion:control={c}") for c in (8, 0))
