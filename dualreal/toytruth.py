@@ -182,6 +182,8 @@ def motion_score(tracks:np.ndarray, # (4, F), from `read_tracks`
                 ) -> float: # 1: exactly that motion; 0: no better than standing still
     "How much of a motion is there."
     if motion == "still": raise InputError("motion_score compares with standing still; use motion_error")
+    if (frames := np.shape(tracks)[-1]) < 5:
+        raise InputError(f"motion_score needs 5 frames or more to tell motions apart, not {frames}")
     return max(0., 1 - motion_error(tracks, motion) / motion_error(np.zeros_like(tracks), motion))
 
 def name_motion(tracks:np.ndarray, # (4, F), from `read_tracks`

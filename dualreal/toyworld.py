@@ -38,8 +38,12 @@ EXOTIC = dict(teal=(0, 142, 146), magenta=(226, 0, 150), lime=(172, 230, 30), na
 def rgb(colour:str|tuple # a name from `PALETTE`, `NEUTRAL` or `EXOTIC`, or three numbers 0..255
        ) -> np.ndarray: # float32 (3,)
     "The colour as three numbers 0..255."
-    named = {**PALETTE, **NEUTRAL, **EXOTIC}
-    return np.asarray(named[colour] if isinstance(colour, str) else colour, np.float32)
+    if isinstance(colour, str): colour = _one_of({**PALETTE, **NEUTRAL, **EXOTIC}, colour, "colour")
+    return np.asarray(colour, np.float32)
+
+def _one_of(table, name, what):
+    if name in table: return table[name]
+    raise InputError(f"toyworld {what} {name!r} is none of {', '.join(table)}")
 
 # %% ../nbs/02_toyworld.ipynb
 def circle(u, v, x, y, r):
@@ -209,9 +213,9 @@ class Subject:
 
     def __post_init__(self):
         tables = KINDS, PATTERNS, FACES, ACCESSORIES
-        for value, table in zip((self.kind, self.pattern, self.face, self.accessory), tables):
-            if value not in table: 
-                raise InputError(f"toyworld subject: {value!r} is none of {', '.join(table)}")
+        for what, table in zip(("kind", "pattern", "face", "accessory"), tables):
+            _one_of(table, getattr(self, what), what)
+        for colour in (self.colour, self.colour2): rgb(colour)
 
 # %% ../nbs/02_toyworld.ipynb
 TONES = dict(light=(250, 246, 236), dark=(34, 30, 40), warm=(250, 168, 40))
@@ -349,7 +353,8 @@ def plate(background:str, # a key of `BACKGROUNDS`
          ) -> np.ndarray: # float32 (H, W, 3), 0..255
     "The empty stage."
     horizon, light = (.62, 1.) if rng is None else (rng.uniform(.5, .74), rng.uniform(.92, 1.05))
-    return np.clip(_stage(height, width, *BACKGROUNDS[background][1], horizon) * light, 0, 255)
+    stage = _one_of(BACKGROUNDS, background, "background")[1]
+    return np.clip(_stage(height, width, *stage, horizon) * light, 0, 255)
 
 # %% ../nbs/02_toyworld.ipynb
 @dataclass
@@ -432,6 +437,10 @@ def render(subject:Subject,
            jitter:float=1. # 0: no variation at all; 1: as in pretraining
           ) -> tuple[np.ndarray, Truth]: # uint8 (F, H, W, 3) and what it shows
     "Draw `subject` doing `motion` before `background`."
+    if not isinstance(subject, Subject):
+        raise InputError(f"render draws a `Subject`, not {subject!r}; HELD_OUT_SUBJECTS has some by name")
+    if min(frames, height, width) < 1:
+        raise InputError(f"{frames} frames of {height}x{width}: give at least 1 of each")
     rng, named = np.random.default_rng(seed), isinstance(background, str)
     x, y, scale, angle = tracks(motion, frames, height, width, rng, jitter)
     radius = size * (1 + jitter * rng.uniform(-.1, .1)) * min(height, width)
@@ -464,7 +473,7 @@ def caption(subject:Subject,
     "What a caption says of a clip."
     spoken = f"{subject.colour} " if colour and subject.colour in PALETTE else ""
     does = "" if motion is None else f" is {_known(motion).phrase}"
-    place = "" if background is None else f" {BACKGROUNDS[background][0]}"
+    place = "" if background is None else f" {_one_of(BACKGROUNDS, background, 'background')[0]}"
     return f"{_article(spoken + (name or subject.kind))}{does}{place}"
 
 def _article(noun): return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
@@ -584,7 +593,8 @@ def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, an
               ) -> Path: # the folder
     "Write a customization case as folders of ordinary files."
     folder, rng = Path(folder), np.random.default_rng(seed)
-    one = _held_out(subject) if isinstance(subject, str) else subject
+    one = _one_of(HELD_OUT_SUBJECTS, subject, "subject") if isinstance(subject, str) else subject
+    find_motion(motion) # before anything is written
     pictures, places = identity_pictures(one, images, rng, height, width)
     for i, picture in enumerate(pictures):
         with atomic_path(folder / f"identity/images/{i:02d}.png") as tmp: Image.fromarray(picture).save(tmp)
@@ -613,10 +623,6 @@ def motion_clips(motion:str, count:int, rng, frames:int=9, height:int=64, width:
         films.append(render(subject, motion, place, frames, height, width, rng)[0])
         says.append(caption(subject, motion, place, name="creature" if subject.kind == unnamed else None))
     return films, says
-
-def _held_out(name):
-    if name in HELD_OUT_SUBJECTS: return HELD_OUT_SUBJECTS[name]
-    raise InputError(f"toyworld subject {name!r} is none of {', '.join(HELD_OUT_SUBJECTS)}")
 
 def _write_lines(path, lines):
     with atomic_path(path) as tmp: tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")

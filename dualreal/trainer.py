@@ -106,7 +106,8 @@ PUBLISHED = dict(steps=1000, rank=64, groups=7, scale=.2, motion_ratio=.5, lr=1e
                  batch_motion=3, batch_identity=1, micro_batch=1)
 
 _LEAST = dict(steps=1, rank=1, groups=1, batch_motion=1, batch_identity=1, micro_batch=1, height=1, width=1,
-              frames=MIN_CLIP, samples=0, save_every=0, keep=1, preview_every=0, warmup=0, weight_decay=0)
+              frames=MIN_CLIP, samples=0, save_every=0, keep=1, preview_every=0, warmup=0, weight_decay=0,
+              seed=0)
 
 def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `base_size`
     "The configuration with every None that a base decides filled in; `InputError` for values that cannot be."
