@@ -4,10 +4,10 @@
 
 # %% auto 0
 __all__ = ['FORMAT', 'SCORERS', 'TRUTH', 'Bench', 'data_folder', 'load_bench', 'read_table', 'fingerprint', 'Job', 'rates_file',
-           'rates', 'unsearched', 'unsearched_note', 'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders',
-           'prompts_of', 'compute', 'save', 'run_job', 'run_jobs', 'status', 'search_lr', 'read_results', 'paired',
-           'by_case', 'table_of', 'means', 'gap', 'paper_bench', 'recorded', 'machines', 'missing_note', 'spent',
-           'differs', 'find_part', 'completeness']
+           'rates', 'rate_of', 'unsearched', 'unsearched_note', 'foreign', 'foreign_note', 'absent', 'absent_note',
+           'jobs_of', 'Metrics', 'ToyTruth', 'Pixels', 'case_folders', 'prompts_of', 'compute', 'save', 'run_job',
+           'run_jobs', 'status', 'search_lr', 'read_results', 'paired', 'by_case', 'table_of', 'means', 'gap',
+           'paper_bench', 'recorded', 'machines', 'missing_note', 'spent', 'differs', 'find_part', 'completeness']
 
 # %% ../nbs/33_benchmark.ipynb
 import csv
@@ -15,12 +15,14 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import tempfile as _tempfile
 import threading
 import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections import Counter, deque
+from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from . import metrics
 from .backbone import BaseSize, asset, base_size, find_base
 from .baselines import DualReal, find_method, seen
 from .core import InputError, content_hash, environment, pick_device, write_json
-from .data import load_case
+from .data import identity_files, load_case, motion_files
 from .encode import cache_folder
 from .evaluate import References, Results, encoder_names, score_frames
 from .metrics import METRICS, bootstrap, macro_average
@@ -119,6 +121,7 @@ def _wrong(b) -> str|None:
     if not b.prompts: return "prompts: give one or more"
     count = lambda v, least: type(v) is int and v >= least
     if not b.seeds or not all(count(s, 0) for s in b.seeds): return "seeds: give whole numbers from 0 on"
+    if len(set(b.seeds)) < len(b.seeds): return "seeds: give each once"
     for key in ("steps", "sampling", "videos", "batch", "images", "clips"):
         if (v := getattr(b, key)) is not None and not count(v, 1): return f"{key} {v}: give 1 or more"
     if not all(_rate(lr) for lr in b.lrs): return "lrs: give positive numbers"
@@ -181,13 +184,21 @@ def rates_file(bench:Bench, out) -> Path: return Path(out)/bench.name/"learning_
 def rates(bench:Bench, out) -> dict: # method -> learning rate
     "The learning rates found by `search_lr`."
     path = rates_file(bench, out)
-    try: return {name: float(found["lr"]) for name, found in (_read(path) if path.is_file() else {}).items()}
+    try: return {name: float(found["lr"]) for name, found in _searched(path).items()}
     except (TypeError, KeyError, AttributeError) as e:
         raise InputError(f"{path}: not what `dualreal bench search` writes; remove it, search again") from e
+
+def _searched(path): return _read(path) if path.is_file() else {}
 
 def _read(path):
     try: return json.loads(_text(path))
     except ValueError as e: raise InputError(f"{path}: is damaged ({e}); remove it and run again") from e
+
+def rate_of(spec:str, known:dict) -> str|None: # a key of `known`
+    "Whose rate a method takes: its own, that of its longest beginning, or of what it is tuned as."
+    parts = spec.split(":")
+    names = [":".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((name for name in (*names, find_method(spec).tuned_as) if name in known), None)
 
 def unsearched(jobs:list) -> list: # methods
     "Those with a learning rate of their own that nobody has searched for: they take DualReal's own."
@@ -199,25 +210,75 @@ def unsearched_note(methods) -> str: # a sentence
     names = ", ".join(methods)
     return f"no learning rate was searched for {names}: they take DualReal's; see `dualreal bench search`"
 
+_OTHER = dict(base="another base", networks="other toy networks", steps="other steps")
+
+def foreign(bench:Bench, out, jobs:list) -> dict: # method -> keys of `_OTHER`
+    "Those whose learning rate was searched under other conditions."
+    stored, told = _searched(rates_file(bench, out)), {}
+    for job in {j.method: j for j in jobs if "lr" not in find_method(j.method).settings}.values():
+        found, mine = stored.get(rate_of(job.method, stored), {}), job.settings
+        usual = dict(steps=mine["sizes"]["training"].get("steps", PUBLISHED["steps"])) # what None means
+        same = {k: (found[k] or usual.get(k)) == (mine[k] or usual.get(k)) for k in _OTHER if k in found}
+        other = [k for k, it_is in same.items() if not it_is]
+        if other: told[job.method] = other
+    return told
+
+def foreign_note(told:dict) -> str: # a sentence
+    what = " and ".join(word for k, word in _OTHER.items() if any(k in other for other in told.values()))
+    return f"the learning rate of {', '.join(told)} was searched with {what}; see `dualreal bench search`"
+
+# %% ../nbs/33_benchmark.ipynb
+def _named(bench): return {f"{c['subject']}-{c['motion']}": c for c in bench.cases}
+
+def absent(bench:Bench, cases=None # "subject-motion"; None: all
+          ) -> list: # of the same
+    "Cases whose pictures or clips the folder of data lacks; `InputError` if that leaves none."
+    asked = {n: c for n, c in _named(bench).items() if n in (cases or [n])}
+    held = lambda c: all(_count(bench.data, kind, c[kind]) for kind in _FILES)
+    lost = [n for n, c in asked.items() if not held(c)] if bench.data else []
+    if lost and len(lost) == len(asked):
+        raise InputError(f"{bench.data}: lacks pictures or clips of {_few(lost)}, so no case of {bench.name} "
+                         "can run; give a folder for each subject and motion, at the top or one level down")
+    return lost
+
+def absent_note(bench:Bench, lost:list) -> str: # a sentence
+    return f"left out, {bench.data} lacks their pictures or clips: {_few(lost)}; see `dualreal bench data`"
+
+def _few(names, most=5):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
 def jobs_of(bench:Bench, out, methods=None, # specs or tables
             cases=None # "subject-motion"
            ) -> list[Job]:
-    "All jobs of a benchmark, seed by seed; `InputError` for unknown methods, tables and cases."
+    "All jobs that can run, seed by seed; `InputError` for unknown methods, tables and cases."
     found, specs = rates(bench, out), []
     for name in methods or bench.tables: specs += bench.tables.get(name, [name])
-    names = {f"{c['subject']}-{c['motion']}": c for c in bench.cases}
+    names = _named(bench)
     unknown = set(cases or ()) - set(names)
     if unknown:
         raise InputError(f"case {', '.join(sorted(unknown))}: not in {bench.name}; it has {', '.join(names)}")
-    rate = lambda spec: found.get(spec) or found.get(find_method(spec).tuned_as or spec.split(":")[0])
+    rate, lost = lambda spec: found.get(rate_of(spec, found)), absent(bench, cases)
     return [Job(bench, spec, names[case], seed, rate(spec)) for seed in bench.seeds
-            for spec in dict.fromkeys(specs) for case in cases or names]
+            for spec in dict.fromkeys(specs) for case in dict.fromkeys(cases or names) if case not in lost]
 
 # %% ../nbs/33_benchmark.ipynb
 @lru_cache(maxsize=2)
 def _encoders(which):
-    from dualreal.encoders import load_encoders
-    return load_encoders(which, device=pick_device())
+    from dualreal.encoders import Missing, load_encoders
+    nets = load_encoders(which, device=pick_device())
+    lost = {net.name: _wanted(net) for net in nets.values() if isinstance(net, Missing)}
+    if lost: raise InputError(f"scorer {which!r} lacks a network: {'; '.join(lost.values())}")
+    return nets
+
+def _wanted(net): # how it gets to where it is looked for: there is no folder of weights here
+    from torch.hub import get_dir
+
+    from dualreal.encoders import PUBLISHED as published
+    sources = {name: (size, get) for name, _, size, get in published.values()}
+    if net.name not in sources: return net.why # the toy's own
+    size, get = sources[net.name]
+    how = f"save {get} in {get_dir()}/checkpoints" if get.startswith("http") else f"run `{get}`"
+    return f"{net.name} ({size} MB): {how}"
 
 class Metrics:
     "The seven metrics against the case's pictures and clips; null with a reason where one is undefined."
@@ -271,13 +332,14 @@ def compute(job:Job) -> dict: # the result; its videos under "kept"
         folders = case_folders(job, Path(home)/"case")
         case, method, seconds = load_case(*folders), find_method(job.method), {}
         asked = prompts_of(job, case)
+        score = SCORERS[job.bench.scorer](case, job.case) # before training: it may lack a network
         config = TrainConfig(*map(str, folders), f"{home}/run", job.bench.base, steps=job.bench.steps,
                              seed=job.seed, lr=job.lr, prompts=list(dict.fromkeys(asked)), samples=0)
         record = dict(settings=job.settings, title=method.title, rows=[],
                       **{k: getattr(job, k) for k in ("method", "case", "seed")})
         try: run, frames, weights = _train_and_generate(job, method, config, asked, seconds)
         except FloatingPointError as e: return dict(record, error=str(e), environment=environment())
-        start, score = time.perf_counter(), SCORERS[job.bench.scorer](case, job.case)
+        start = time.perf_counter()
         rows = [dict(score(f, run.size.fps, p), prompt=p, video=i)
                 for i, (f, p) in enumerate(zip(frames, asked))]
         record["encoders"] = score.encoders
@@ -312,49 +374,62 @@ def save(job:Job, out, record:dict):
         write_video(path.with_suffix(f".{i}.mp4"), frames, record["fps"])
     write_json(path, record)
 
-def run_job(job:Job, out, work=compute) -> str: # "done", "there", "claimed"; work: job -> record
-    "Do a job unless it is done or somebody else is at it."
-    path = job.path(out)
-    if path.exists(): return "there"
+def _lock(out, name):
     locks = Path(out)/".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(locks/f"{path.parent.name}-{path.stem}.lock", timeout=0):
-            if path.exists(): return "there"
-            save(job, out, work(job))
-            return "done"
+    return FileLock(locks/f"{name}.lock")
+
+def _claim(job, out): # its lock, held; "there", "claimed": it is not ours to do
+    path = job.path(out)
+    if path.exists(): return "there"
+    lock = _lock(out, f"{path.parent.name}-{path.stem}")
+    try: lock.acquire(timeout=0)
     except Timeout: return "claimed"
+    if not path.exists(): return lock
+    lock.release()
+    return "there"
+
+def run_job(job:Job, out, work=compute) -> str: # "done", "there", "claimed"; work: job -> record
+    "Do a job unless it is done or somebody else is at it."
+    if isinstance(lock := _claim(job, out), str): return lock
+    try: save(job, out, work(job))
+    finally: lock.release()
+    return "done"
+
 
 # %% ../nbs/33_benchmark.ipynb
 def run_jobs(jobs:list, out, workers:int=1, ray:str=None, # address of a cluster, or "local"
-             progress=True, work=compute) -> dict: # "done": count, "failed": {path: sentence}
+             progress=True, work=compute
+            ) -> dict: # "done": count, "claimed": by another process, "failed": {path: sentence}
     "Do all jobs whose results are missing."
     if workers < 1: raise InputError(f"workers {workers}: give 1 or more")
     for scorer in {j.bench.scorer for j in jobs} - SCORERS.keys():
         raise InputError(f"scorer {scorer!r} is none of {', '.join(SCORERS)}")
     missing = [j for j in {j.path(out): j for j in jobs}.values() if not j.path(out).exists()]
     how = partial(_ray, address=ray) if ray else _serial if workers <= 1 else partial(_pool, workers=workers)
-    done, failed = 0, {}
-    with tqdm(total=len(missing), desc="benchmark", disable=not progress) as bar:
-        for job, error in how(missing, Path(out), work=work):
-            if error is None: done += job.path(out).exists()
+    ends, failed = Counter(), {}
+    with (tqdm(total=len(missing), desc="benchmark", disable=not progress) as bar,
+          closing(how(missing, Path(out), work=work)) as ended):
+        for job, end, error in ended:
+            if error is None: ends[end] += 1
             else: failed[str(job.path(out))] = error
             bar.update()
-    return dict(done=done, failed=failed)
+    return dict(done=ends["done"], claimed=ends["claimed"], failed=failed)
 
 def _said(e): return f"{type(e).__name__}: {e}"
 
 def _serial(jobs, out, work):
     for job in jobs:
-        try: run_job(job, out, work)
+        try: end = run_job(job, out, work)
         except InputError: raise
-        except Exception as e: yield job, _said(e)
-        else: yield job, None
+        except Exception as e: yield job, None, _said(e)
+        else: yield job, end, None
 
 # %% ../nbs/33_benchmark.ipynb
 def _worker():
     "One thread for numbers, and one that ends this process when the process that started it is gone."
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches all; who started this process ends it
     import torch
     torch.set_num_threads(1)
     def follow():
@@ -362,45 +437,90 @@ def _worker():
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
 
-def _pool(jobs, out, workers, work, tries=3):
-    "Yields (job, error) as they end. Each thread has its own process: a death is blamed on the right job."
-    own, pools, context = threading.local(), [], multiprocessing.get_context("spawn")
-    def attempt(job):
+class _Processes:
+    "One for each thread that asks: a death is blamed on the right job."
+    def __init__(self):
+        self.own, self.pools, self.gate, self.stopped = threading.local(), [], threading.Lock(), False
+        self.context = multiprocessing.get_context("spawn")
+
+    def begin(self, *call):
+        with self.gate: # else `stop` could miss a process that is being started
+            if self.stopped: raise CancelledError
+            if not hasattr(self.own, "pool"):
+                self.own.pool = ProcessPoolExecutor(1, self.context, _worker)
+                self.pools.append(self.own.pool)
+            return self.own.pool.submit(*call)
+
+    def do(self, *call, tries=3):
         for left in reversed(range(tries)):
-            if not hasattr(own, "pool"):
-                own.pool = ProcessPoolExecutor(1, context, _worker)
-                pools.append(own.pool)
-            try: return own.pool.submit(run_job, job, out, work).result()
+            try: return self.begin(*call).result()
             except BrokenProcessPool:
-                del own.pool
+                del self.own.pool
                 if not left: raise
-    with ThreadPoolExecutor(workers) as threads:
-        futures = {threads.submit(attempt, job): job for job in jobs}
+
+    def stop(self):
+        "Kill them, and start no more."
+        with self.gate:
+            self.stopped = True
+            for pool in self.pools:
+                for process in list((pool._processes or {}).values()): process.kill()
+
+def _pool(jobs, out, workers, work):
+    "Yields (job, how it ended, error) as they end."
+    threads, processes = ThreadPoolExecutor(workers), _Processes()
+    try:
+        futures = {threads.submit(processes.do, run_job, job, out, work): job for job in jobs}
         for future in as_completed(futures):
             error = future.exception()
-            if isinstance(error, InputError):
-                threads.shutdown(wait=False, cancel_futures=True) # the others would hear the same
-                raise error
-            yield futures[future], error and _said(error)
-    for pool in pools: pool.shutdown()
+            if isinstance(error, InputError): raise error # the others would hear the same
+            yield futures[future], None if error else future.result(), error and _said(error)
+        for pool in processes.pools: pool.shutdown()
+    except BaseException: # Ctrl-C, or whoever asked asks no more
+        processes.stop()
+        raise
+    finally: threads.shutdown(cancel_futures=True)
 
 # %% ../nbs/33_benchmark.ipynb
-def _ray(jobs, out, address, work):
-    "Yields (job, error); records come back to this process, which saves them: workers need no common disk."
+def _cluster(address):
     try:
         import ray
+        ray.init(address=None if address == "local" else address, ignore_reinit_error=True,
+                 log_to_driver=False)
     except ImportError as e: raise InputError("--ray needs Ray: pip install 'dualreal[ray]'") from e
-    ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1, num_gpus=int("GPU" in ray.cluster_resources()), max_retries=3)(work)
-    waiting = {remote.remote(job): job for job in jobs if not job.path(out).exists()}
-    while waiting:
-        (ready, *_), _ = ray.wait(list(waiting))
-        job = waiting.pop(ready)
-        try:
-            record = ray.get(ready)
-            if not job.path(out).exists(): save(job, out, record)
-        except Exception as e: yield job, _said(e)
-        else: yield job, None
+    except (ValueError, ConnectionError) as e: raise InputError(f"--ray {address}: {e}") from e
+    return ray
+
+def _room(ray): # jobs given to the cluster at once; each holds a lock, which is an open file
+    have = ray.cluster_resources()
+    return min(400, 2 * max(1, int(have.get("GPU", have.get("CPU", 1)))))
+
+def _ray(jobs, out, address, work):
+    "Yields (job, how it ended, error); records come back to this process, which claims and saves."
+    ray = _cluster(address)
+    gpus = int("GPU" in ray.cluster_resources())
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(work)
+    todo, given = deque(jobs), {}
+    try:
+        while todo or given:
+            if not todo or len(given) >= _room(ray): yield _brought(ray, given, out)
+            elif isinstance(lock := _claim(job := todo.popleft(), out), str): yield job, lock, None
+            else: given[remote.remote(job)] = job, lock
+    finally:
+        for ref, (_, lock) in given.items():
+            lock.release()
+            ray.cancel(ref, force=True)
+
+def _brought(ray, given, out):
+    "The next record that is ready, saved."
+    (ready, *_), _ = ray.wait(list(given))
+    job, lock = given.pop(ready)
+    try: save(job, out, ray.get(ready))
+    except Exception as e:
+        cause = getattr(e, "cause", None) or e # Ray wraps it in the worker's traceback
+        if isinstance(cause, InputError): raise cause from e
+        return job, None, _said(cause)
+    finally: lock.release()
+    return job, "done", None
 
 def status(jobs:list, out) -> dict: # methods -> name -> done, diverged, missing; other -> a number
     "What is there, what is missing, and how many results belong to other configurations."
@@ -415,17 +535,16 @@ def status(jobs:list, out) -> dict: # methods -> name -> done, diverged, missing
 
 # %% ../nbs/33_benchmark.ipynb
 def search_lr(bench:Bench, out, methods=None, lrs=None, **how) -> dict: # how: of `run_jobs`
-    "Find each method's learning rate on the search cases; writes and returns `learning_rates.json`."
+    "Find each method's learning rate on the search cases; adds them to `learning_rates.json`."
     specs = [s for name in methods or bench.tables for s in bench.tables.get(name, [name])]
     own = [spec for spec in dict.fromkeys(specs) if find_method(spec).kind_of_rate == "own"]
-    path, grids = rates_file(bench, out), {spec: sorted(lrs or bench.lrs) for spec in own}
+    grids = {spec: sorted(lrs or bench.lrs) for spec in own}
     if not all(_rate(lr) for grid in grids.values() for lr in grid):
         raise InputError(f"lrs {lrs}: give positive numbers")
-    stored = _read(path) if path.is_file() else {}
     for _ in range(3):
-        stored |= _tried(bench, out, grids, **how)
-        write_json(path, stored)
-        wider = {spec: _beyond(grid, stored[spec]["lr"]) for spec, grid in grids.items()}
+        stored = _keep(bench, out, _tried(bench, out, grids, **how))
+        known = {spec: sorted(map(float, stored[spec]["tried"])) for spec in grids if len(grids[spec]) > 2}
+        wider = {spec: _beyond(tried, stored[spec]["lr"]) for spec, tried in known.items()}
         grids = {spec: sorted([*grids[spec], lr]) for spec, lr in wider.items() if lr}
     return stored
 
@@ -437,12 +556,16 @@ def _beyond(grid, best):
 def _tried(bench, out, grids, **how):
     jobs = [Job(bench, spec, case, seed, lr) for spec, grid in grids.items() for lr in grid
             for seed in bench.seeds for case in bench.search]
-    failed = run_jobs(jobs, out, **how)["failed"]
+    ended = run_jobs(jobs, out, **how)
+    failed = ended["failed"]
     if failed: raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
-    return {spec: _best(bench, out, [j for j in jobs if j.method == spec]) for spec in grids}
+    if count := ended["claimed"]:
+        raise InputError(f"{bench.name}: another process is at {count} jobs of this search; "
+                         "wait until they are done, then search again")
+    return {spec: _scored(bench, out, [j for j in jobs if j.method == spec]) for spec in grids}
 
-def _best(bench, out, jobs):
-    "The learning rate of the highest mean objective over the search cases; a rate that diverges is out."
+def _scored(bench, out, jobs):
+    "The mean objective of each rate over the search cases, None if it diverged, and what was asked."
     table = {}
     for job in jobs:
         scores = [[row.get(k) for k in bench.objective] for row in _read(job.path(out))["rows"]]
@@ -450,11 +573,28 @@ def _best(bench, out, jobs):
             raise InputError(f"{job.path(out)}: lacks a score that the search maximises, {bench.objective}")
         table.setdefault(job.lr, []).append(float(np.mean(scores)) if scores else None)
     means = {lr: None if None in found else float(np.mean(found)) for lr, found in table.items()}
-    held = {lr: m for lr, m in means.items() if m is not None}
-    if not held: raise RuntimeError(f"{jobs[0].method}: all of {list(means)} diverged: try smaller --lrs")
     known = {k: jobs[0].settings[k] for k in ("steps", "videos", "base", "networks")}
-    return dict(lr=max(held, key=held.get), objective=list(bench.objective), cases=list(bench.search),
-                seeds=list(bench.seeds), tried={str(k): v for k, v in means.items()}, **known)
+    return dict(known, objective=list(bench.objective), cases=list(bench.search), seeds=list(bench.seeds),
+                tried={str(lr): m for lr, m in means.items()},
+                settings=content_hash(dict(jobs[0].settings, lr=None)))
+
+def _keep(bench, out, found):
+    "Merge into the file what was scored; locked, so that of two searches neither loses anything."
+    with _lock(out, f"{bench.name}-learning_rates"):
+        rates(bench, out) # `InputError` for a file that is not ours
+        stored = _searched(path := rates_file(bench, out))
+        stored |= {spec: _best(spec, stored.get(spec), new) for spec, new in found.items()}
+        write_json(path, stored)
+    return stored
+
+def _best(spec, old, new):
+    "The rate of the highest mean; what was tried before counts if the same was asked."
+    alike = {k: v for k, v in new.items() if k != "tried"}
+    same = old and all(old.get(k, v if k == "settings" else None) == v for k, v in alike.items())
+    tried = {**(old["tried"] if same else {}), **new["tried"]}
+    held = {float(lr): m for lr, m in tried.items() if m is not None}
+    if not held: raise RuntimeError(f"{spec}: all of {', '.join(tried)} diverged: try smaller --lrs")
+    return dict(new, tried=tried, lr=max(sorted(held), key=held.get))
 
 # %% ../nbs/33_benchmark.ipynb
 TRUTH = ("identity", "palette", "pattern", "kind", "motion")
@@ -519,14 +659,17 @@ def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # 
     "`paired` results of a table; `run` computes the missing ones first. Says how to record them."
     out = Path(out or data_folder()/"results")
     jobs = jobs_of(bench, out, [table])
-    failed = run_jobs(jobs, out, workers)["failed"] if run else {}
+    ended = run_jobs(jobs, out, workers) if run else dict(claimed=0, failed={})
     found = read_results(jobs, out)
+    if lost := absent(bench): print(absent_note(bench, lost))
     if run and (named := unsearched(jobs)): print(unsearched_note(named))
+    if run and (told := foreign(bench, out, jobs)): print(foreign_note(told))
     print(missing_note(bench, table, found, len(jobs)))
+    if ended["claimed"]: print(f"{ended['claimed']} are with another process")
     for r in found:
         case = f"{' '.join(r['case'].values())}, seed {r['seed']}"
         if r.get("error"): print(f"diverged: {r['method']} on {case}: {r['error']}")
-    for path, why in failed.items(): print(f"failed: {path}: {why}")
+    for path, why in ended["failed"].items(): print(f"failed: {path}: {why}")
     both = paired(found)
     if len(both) < len(found): print(f"shown: {len(both)}, of cases and seeds that all these methods have")
     if both: print(machines(both))
@@ -566,21 +709,30 @@ def spent(bench, out=None) -> str: # a sentence
     hours = sum(_hours(r) for r in there if r.get("seconds"))
     return f"{len(there)} results of {bench.name} are recorded in all: {hours:.1f} hours of one core."
 
-def differs(bench) -> str: # sentences
+def differs(bench, cases:int=None, # of the paper's table; None: as the published benchmark has
+            videos:int=None # likewise, of each case
+           ) -> str: # sentences
     "What of an experiment is not the paper's."
-    paper = load_bench("published")
-    if bench.base == paper.base: return "The published experiment, on its own base."
-    size = base_size(find_base(bench.base))
+    paper, usual = load_bench("published"), BaseSize()
+    own = bench.base == paper.base
+    size = usual if own else base_size(find_base(bench.base))
+    few = read_table(data_folder()/"benchmark"/"ablation_cases.csv")
+    cases = cases or len(few if list(bench.cases) == few else paper.cases)
     here = dict(PUBLISHED, rank=size.rank, groups=size.groups) | size.training
-    usual, count = BaseSize(), lambda b: f"{len(b.cases)} cases of {b.videos or len(b.prompts)} videos"
+    scored = f"{len(bench.cases)} cases of {bench.videos or len(bench.prompts)} videos"
+    if len(bench.seeds) != len(paper.seeds): scored += f" and {len(bench.seeds)} seeds"
     frames = lambda b: f"{b.frames} frames of {b.height}x{b.width}"
     pairs = {"base": (bench.base, paper.base), "videos": (frames(size), frames(usual)),
-             "scored": (f"{count(bench)} and {len(bench.seeds)} seeds", count(paper)),
+             "scored": (scored, f"{cases} cases of {videos or len(paper.prompts)} videos"),
+             "sampling": (bench.sampling or usual.steps, usual.steps),
              **{k: (bench.steps if k == "steps" and bench.steps else here[k], v) for k, v in PUBLISHED.items()
                 if k != "micro_batch"}, # which changes no result
              "up_lr_ratio": (here.get("up_lr_ratio", 1), 1)}
     told = ", ".join(f"{k} {ours} ({theirs})" for k, (ours, theirs) in pairs.items() if ours != theirs)
-    return f"Not as in the paper, whose own is in brackets: {told}. The paper's was not run here, on any GPU."
+    if not told: return "The published experiment, on its own base."
+    said = f"Not as in the paper, whose own is in brackets: {told}."
+    return said if own else f"{said} The paper's was not run here, on any GPU."
+
 
 # %% ../nbs/33_benchmark.ipynb
 def find_part(root, name:str) -> Path:
@@ -589,14 +741,18 @@ def find_part(root, name:str) -> Path:
     if not found: raise InputError(f"{root}: no folder {name}, neither at the top nor one level down")
     return found[0]
 
+_FILES = dict(subject=identity_files, motion=motion_files)
+
+def _count(root, kind, name): # of pictures or clips
+    try: return len(_FILES[kind](find_part(root, name))[0])
+    except InputError: return 0
+
 def completeness(root, lists=None) -> dict: # lists: folder of the CSV files; default: data/benchmark
     "What a folder holds of the published benchmark: counts, what is missing or short, cases that can run."
-    from dualreal.data import identity_files, motion_files
     lists, found = Path(lists or data_folder()/"benchmark"), {}
-    for kind, count, files in (("subject", "images", identity_files), ("motion", "clips", motion_files)):
+    for kind, count in (("subject", "images"), ("motion", "clips")):
         for row in read_table(lists/f"{kind}s.csv"):
-            try: there = len(files(find_part(root, row[kind]))[0])
-            except InputError: there = 0
+            there = _count(root, kind, row[kind])
             found[row[kind]] = dict(kind=kind, there=there, expected=int(row[count]))
     cases = read_table(lists/"cases.csv")
     ready = [c for c in cases if found[c["subject"]]["there"] and found[c["motion"]]["there"]]

@@ -553,10 +553,13 @@ def run_bench(args):
     how = dict(workers=1 if args.workers is None else args.workers, ray=args.ray)
     if args.action == "search": return print(json.dumps(b.search_lr(bench, out, methods, **how), indent=1))
     if args.lrs: raise InputError(f"--lrs is for bench search; for {args.action} give --methods NAME:lr=X")
+    cases = _split(args.cases)
+    if lost := b.absent(bench, cases): print(b.absent_note(bench, lost), file=sys.stderr)
     if args.action == "report": return print(_bench_report(bench, out, args))
-    jobs = b.jobs_of(bench, out, methods, _split(args.cases))
+    jobs = b.jobs_of(bench, out, methods, cases)
     if args.action == "status": return _bench_status(b.status(jobs, out))
     if named := b.unsearched(jobs): print(b.unsearched_note(named))
+    if told := b.foreign(bench, out, jobs): print(b.foreign_note(told))
     _bench_run(b.run_jobs(jobs, out, **how), len(jobs))
 
 def _split(text): # 'lora,isolated:strengths=[1,0.5]' -> the two; commas within brackets are not ours
@@ -586,8 +589,9 @@ def _bench_table(bench, out, methods, args):
     return b.table_of(shown)
 
 def _bench_run(ended, count):
-    done, failed = ended["done"], ended["failed"]
-    print(f"{done} done now, {len(failed)} failed, {count - done - len(failed)} were there")
+    done, claimed, failed = ended["done"], ended["claimed"], ended["failed"]
+    there = count - done - claimed - len(failed)
+    print(f"{done} done now, {len(failed)} failed, {claimed} with another process, {there} were there")
     for path, why in failed.items():
         raise RuntimeError(f"{len(failed)} jobs failed, the first is {path}: {why}; start again to retry")
 
@@ -602,6 +606,7 @@ def _bench_data(args):
     if not Path(args.data).is_dir(): raise InputError(f"bench data: {args.data} is not a folder")
     told = completeness(args.data)
     print(f"{len(told['ready'])} of {told['cases']} cases can run")
+    if told["ready"]: print("--cases", ",".join(f"{c['subject']}-{c['motion']}" for c in told["ready"]))
     for name, row in told["short"].items(): print(f"{name}: {row['there']} of {row['expected']}")
     if told["missing"]: print("missing:", ", ".join(told["missing"]))
 

@@ -6,21 +6,32 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from collections import Counter
+from configparser import ConfigParser
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
+from dualreal import benchmark, encoders
 from dualreal.backbone import tiny_pipeline
 from dualreal.benchmark import (
     SCORERS,
     TRUTH,
+    absent,
     completeness,
     data_folder,
+    differs,
     fingerprint,
+    foreign,
     jobs_of,
     load_bench,
+    paper_bench,
+    rates_file,
     read_results,
     read_table,
     run_job,
@@ -63,6 +74,11 @@ def made(job):
     "A result without a model."
     value = len(job.method) + job.seed
     return dict(rows=[dict(temporal_flickering=v) for v in (value, value + 1)], settings=job.settings, fps=8)
+
+
+def filmed(job):
+    "A result with a video."
+    return made(job) | dict(kept=[np.zeros((9, 32, 32, 3), np.uint8)])
 
 
 def fragile(job):
@@ -148,13 +164,38 @@ def test_report_by_hand(bench, tmp_path):
     assert r"LoRA, merged & 2 & 8.500 [2.000, 15.000] \\" in latex(shown)
 
 
-def test_claimed_by_another(bench, tmp_path):
+def claim(job, out):
+    "Another process is at it."
+    (out / ".locks").mkdir(exist_ok=True)
+    return FileLock(out / ".locks" / f"{job.path(out).parent.name}-{job.path(out).stem}.lock")
+
+
+def test_claimed_by_another(home, bench, tmp_path, capsys):
+    "It is neither done nor there, and is told so."
+    jobs = jobs_of(bench, tmp_path)
+    with claim(jobs[0], tmp_path):
+        assert run_job(jobs[0], tmp_path, made) == "claimed" and not jobs[0].path(tmp_path).exists()
+        ended = run_jobs(jobs, tmp_path, progress=False, work=made)
+        assert ended == dict(done=5, claimed=1, failed={})
+        assert main(["bench", "run", "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert "0 done now, 0 failed, 1 with another process, 5 were there" in said
+    assert run_job(jobs[0], tmp_path, made) == "done" and run_job(jobs[0], tmp_path, made) == "there"
+
+
+def test_interrupted_between_video_and_result(bench, tmp_path, monkeypatch):
+    "A video alone is no result; the next run makes both."
     job = jobs_of(bench, tmp_path)[0]
-    path = job.path(tmp_path)
-    (tmp_path / ".locks").mkdir()
-    with FileLock(tmp_path / ".locks" / f"{path.parent.name}-{path.stem}.lock"):
-        assert run_job(job, tmp_path, made) == "claimed" and not path.exists()
-    assert run_job(job, tmp_path, made) == "done" and run_job(job, tmp_path, made) == "there"
+    def interrupted(path, obj): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(benchmark, "write_json", interrupted)
+        with pytest.raises(KeyboardInterrupt): run_job(job, tmp_path, filmed)
+    video = job.path(tmp_path).with_suffix(".0.mp4")
+    assert video.exists() and list(tmp_path.rglob("*.json")) == [] == read_results([job], tmp_path)
+    assert status([job], tmp_path)["methods"]["dualreal"] == dict(done=0, diverged=0, missing=1)
+    video.write_bytes(b"half")
+    assert run_jobs([job], tmp_path, progress=False, work=filmed)["done"] == 1
+    assert job.path(tmp_path).exists() and video.stat().st_size > 100
 
 
 def test_failures_do_not_stop_the_others(bench, tmp_path):
@@ -200,9 +241,14 @@ def test_killed_worker_of_the_pool(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("DUALREAL_MARK", str(tmp_path))
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
-    jobs = jobs_of(bench, tmp_path)
-    assert run_jobs(jobs, tmp_path, workers=2, progress=False, work=fragile) == dict(done=6, failed={})
-    assert len(list(tmp_path.rglob("*/*/*.json"))) == 6
+    ended = run_jobs(jobs_of(bench, tmp_path), tmp_path, workers=2, progress=False, work=fragile)
+    assert ended == dict(done=6, claimed=0, failed={}) and len(list(tmp_path.rglob("*/*/*.json"))) == 6
+    assert tries(tmp_path) == [1, 1, 1, 1, 1, 2]  # only the killed one twice
+
+
+def tries(folder):
+    "How often each job of `fragile` ran."
+    return sorted(Counter((folder / "tries").read_text().splitlines()).values())
 
 
 @pytest.mark.slow
@@ -235,9 +281,123 @@ def test_killed_worker_of_a_ray_cluster(bench, tmp_path, monkeypatch):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try: ended = run_jobs(jobs_of(bench, tmp_path), tmp_path, ray="local", progress=False, work=fragile)
     finally: ray.shutdown()
-    assert ended == dict(done=6, failed={}) and len(list(tmp_path.rglob("*/*/*.json"))) == 6
-    tries = (tmp_path / "tries").read_text().split("\n")[:-1]
-    assert len(tries) >= 7 and len(set(tries)) == 6  # the killed one was tried again
+    assert ended == dict(done=6, claimed=0, failed={}) and len(list(tmp_path.rglob("*/*/*.json"))) == 6
+    assert tries(tmp_path) == [1, 1, 1, 1, 1, 2]  # only the killed one twice
+
+
+class Wrapped(Exception):
+    "As Ray brings a worker's failure: its traceback, and the cause."
+    def __init__(self, cause):
+        super().__init__("a traceback\nof lines")
+        self.cause = cause
+
+
+def ray_here(cpus=2):
+    "Ray's calls, in this process: a job is done when its record is fetched."
+    ray, given = types.ModuleType("ray"), []
+    ray.given, ray.cancelled, ray.most = given, [], 0
+    ray.cluster_resources = lambda: dict(CPU=float(cpus))
+    ray.init = lambda **how: None
+    ray.cancel = lambda ref, force: ray.cancelled.append(ref)
+    def remote(**how): return lambda work: types.SimpleNamespace(remote=partial(give, work))
+    def give(work, job):
+        given.append((work, job))
+        return len(given) - 1
+    def wait(refs):
+        ray.most = max(ray.most, len(refs))
+        return refs[-1:], refs[:-1]
+    def get(ref):
+        work, job = given[ref]
+        try: return work(job)
+        except Exception as e: raise Wrapped(e) from e
+    ray.remote, ray.wait, ray.get = remote, wait, get
+    return ray
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", found := ray_here())
+    return found
+
+
+def test_ray_claims_what_it_gives(bench, tmp_path, ray):
+    "A job with the cluster is claimed, one that another process has is not given; few are given at once."
+    jobs, seen = jobs_of(bench, tmp_path), []
+    def work(job):
+        seen.append(run_job(job, tmp_path, made))
+        return made(job)
+    with claim(jobs[0], tmp_path):
+        ended = run_jobs(jobs, tmp_path, ray="local", progress=False, work=work)
+    assert ended == dict(done=5, claimed=1, failed={}) and seen == ["claimed"] * 5
+    assert jobs[0] not in [job for _, job in ray.given] and ray.most == 4
+    assert run_jobs(jobs, tmp_path, ray="local", progress=False, work=made)["done"] == 1
+    assert status(jobs, tmp_path)["methods"]["lora"]["done"] == 2
+
+
+def test_ray_says_a_mistake_in_one_line(bench, tmp_path, ray):
+    "An input error ends the run, nothing stays claimed; other failures cost their job only."
+    def unlucky(job):
+        if job.method == "lora": raise OSError("no luck")
+        return made(job)
+    def mistaken(job): raise InputError("one sentence")
+    jobs = jobs_of(bench, tmp_path)
+    with pytest.raises(InputError, match="^one sentence$"):
+        run_jobs(jobs, tmp_path, ray="local", progress=False, work=mistaken)
+    assert len(ray.cancelled) == 3
+    ended = run_jobs(jobs, tmp_path, ray="local", progress=False, work=unlucky)
+    assert ended["done"] == 4 and set(ended["failed"].values()) == {"OSError: no luck"}
+    def unreachable(**how): raise ConnectionError("nobody there")
+    ray.init = unreachable
+    with pytest.raises(InputError, match="--ray ray://x:1: nobody there"):
+        run_jobs(jobs, tmp_path, ray="ray://x:1", progress=False, work=made)
+
+
+def test_the_extra_knows_ray_addresses():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    assert config["DEFAULT"]["ray_requirements"] == "ray[client]"
+
+
+SLEEPY = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from dualreal.benchmark import run_jobs
+
+class Job:
+    bench = SimpleNamespace(scorer="pixels")
+    def __init__(self, n): self.n = n
+    def path(self, out): return Path(out)/"tiny"/"sleepy"/f"{self.n}.json"
+
+def sleepy(job):
+    (Path(sys.argv[1])/f"began-{os.getpid()}").touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background
+    run_jobs([Job(n) for n in range(8)], sys.argv[1], workers=2, work=sleepy)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_interrupt_ends_a_pool(tmp_path):
+    "Ctrl-C: what waits is not begun, what runs is killed, and the command ends."
+    (tmp_path / "sleepy.py").write_text(SLEEPY)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    with open(tmp_path / "said", "w") as said:
+        going = subprocess.Popen([sys.executable, tmp_path / "sleepy.py", tmp_path], env=env,
+                                 start_new_session=True, stderr=said)
+    began, deadline = lambda: list(tmp_path.glob("began-*")), time.time() + 120
+    while len(began()) < 2 and going.poll() is None and time.time() < deadline: time.sleep(.1)
+    try:
+        going.send_signal(signal.SIGINT)
+        assert going.wait(timeout=15) and "KeyboardInterrupt" in (tmp_path / "said").read_text()
+        assert len(began()) == 2 and not list(tmp_path.rglob("*.json"))
+        for mark in began():
+            with pytest.raises(ProcessLookupError): os.kill(int(mark.name.removeprefix("began-")), 0)
+    finally:
+        if going.poll() is None: os.killpg(going.pid, signal.SIGKILL)
 
 
 def test_lists():
@@ -248,6 +408,7 @@ def test_lists():
     for table in (cases, few):
         assert {r["subject"] for r in table} <= {r["subject"] for r in subjects}
         assert {r["motion"] for r in table} <= {r["motion"] for r in motions}
+    assert sum(c in cases for c in few) == 8  # two ablation cases are no case of the comparison
     published = load_bench("published")
     assert len(set(published.prompts)) == 50 and all(p.count("{}") == 1 for p in published.prompts)
     assert not [c for c in published.search if c in list(published.cases)]
@@ -263,6 +424,128 @@ def test_completeness(tmp_path):
     told = completeness(tmp_path)
     assert told["ready"] == [dict(subject="dog6", motion="playingGuitar")] and told["cases"] == 50
     assert told["short"]["dog6"]["there"] == 2 and len(told["missing"]) == 69
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A user's pictures of dog6 and clips of playingGuitar, and an empty folder for cat."
+    write_case(tmp_path / "parts", images=2, clips=2)
+    (tmp_path / "parts/identity").rename(tmp_path / "parts/dog6")
+    (tmp_path / "parts/motion").rename(tmp_path / "parts/playingGuitar")
+    (tmp_path / "parts/cat").mkdir()
+    return tmp_path / "parts"
+
+
+def test_cases_that_cannot_run_are_left_out(home, tmp_path, folder, capsys):
+    "One case of three can run: it does, is counted and reported; the others are named."
+    parts = [("dog6", "playingGuitar"), ("cat", "playingGuitar"), ("dog6", "PullUps")]
+    mine = json.loads((home / "tiny.json").read_text()) | dict(
+        name="mine", data=str(folder), cases=[dict(subject=s, motion=m) for s, m in parts])
+    write_json(tmp_path / "mine.json", mine)
+    command = lambda action, *more: main(["bench", action, "--bench", str(tmp_path / "mine.json"), "--out",
+                                          str(tmp_path / "out"), "--methods", "base", *more])
+    for action, said in (("run", "1 done now"), ("status", "1 done"), ("report", "base | 1 |")):
+        assert command(action) == 0
+        told = capsys.readouterr()
+        assert said in told.out and told.err.count("cat-playingGuitar, dog6-PullUps") == 1
+    assert command("status", "--cases", "dog6-playingGuitar") == 0
+    assert "left out" not in capsys.readouterr().err
+    assert command("run", "--cases", "dog6-PullUps") == 2
+    assert "lacks pictures or clips of dog6-PullUps, so no case" in capsys.readouterr().err
+    assert absent(load_bench(str(tmp_path / "mine.json"))) == ["cat-playingGuitar", "dog6-PullUps"]
+
+
+def test_data_says_what_can_run(folder, capsys):
+    "In the words of `--cases`."
+    assert main(["bench", "data", "--data", str(folder)]) == 0
+    flag, names = capsys.readouterr().out.splitlines()[1].split()
+    assert (flag, names) == ("--cases", "dog6-playingGuitar")
+    published = load_bench("published", data=str(folder))
+    assert [j.case for j in jobs_of(published, folder, ["base"], names.split(","))] == [
+        dict(subject="dog6", motion="playingGuitar")]
+
+
+def test_missing_network_stops_before_training(bench, tmp_path, monkeypatch):
+    "A result without a score would count as done for ever; what is said can be done."
+    monkeypatch.setattr(encoders, "fetch", lambda key: (None, "nobody answers"))
+    monkeypatch.setattr(benchmark, "_train_and_generate", lambda *a: pytest.fail("trained"))
+    jobs = jobs_of(replace(bench, scorer="published"), tmp_path, ["lora"])
+    with pytest.raises(InputError, match="`hf download facebook/dino-vits16`") as said:
+        run_jobs(jobs, tmp_path, progress=False)
+    assert "save https://" in str(said.value) and "--weights" not in str(said.value)
+    assert not list(tmp_path.rglob("*.json"))
+    none = dict(dino_i=encoders.Missing("toy-dino", "a recipe makes it"))
+    monkeypatch.setattr(encoders, "load_encoders", lambda *a, **k: none)
+    benchmark._encoders.cache_clear()
+    with pytest.raises(InputError, match="a recipe makes it"):
+        run_jobs(jobs_of(replace(bench, scorer="toy"), tmp_path, ["lora"]), tmp_path, progress=False)
+
+
+def test_rate_of_the_longest_beginning(bench, tmp_path):
+    rate = {"isolated": .1, "isolated:scale=1.0": .2, "dualreal": .3}
+    write_json(rates_file(bench, tmp_path), {k: dict(lr=v) for k, v in rate.items()})
+    own = lambda spec: jobs_of(bench, tmp_path, [spec])[0].lr
+    specs = "isolated:scale=1.0:rank=8", "isolated:rank=8", "without_mask:scale=1.0", "lora"
+    assert [own(s) for s in specs] == [.2, .1, .3, None]
+
+
+def test_rates_of_other_conditions_are_said(home, bench, tmp_path, capsys, monkeypatch):
+    search_lr(bench, tmp_path, ["lora"], lrs=(1e-3,), progress=False, work=made)
+    other = tiny_pipeline(tmp_path / "base", seed=5, tokens=64)
+    (other / "dualreal.json").write_text(SMALL)
+    def told(**changes):
+        changed = replace(bench, **changes)
+        jobs = jobs_of(changed, tmp_path, ["lora:rank=2", "lora:lr=0.1", "isolated"])
+        return foreign(changed, tmp_path, jobs)
+    assert told() == told(steps=3) == {}  # 3 is the base's own
+    assert told(steps=7) == {"lora:rank=2": ["steps"]} and told(base=str(other)) == {"lora:rank=2": ["base"]}
+    assert told(scorer="toy") == {"lora:rank=2": ["networks"]}
+    monkeypatch.setattr(benchmark, "run_jobs", lambda *a, **k: dict(done=0, claimed=0, failed={}))
+    command = ["bench", "run", "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]
+    assert main([*command, "--methods", "lora"]) == 0 and "was searched with" not in capsys.readouterr().out
+    assert main([*command, "--methods", "lora", "--base", str(other), "--steps", "9"]) == 0
+    said = "the learning rate of lora was searched with another base and other steps"
+    assert said in capsys.readouterr().out
+
+
+def test_a_search_goes_on(bench, tmp_path):
+    "What was tried before counts, unless something else was asked."
+    def work(job): return dict(rows=[dict(temporal_flickering=job.lr)], settings=job.settings, fps=8)
+    search = lambda lrs, b=bench: search_lr(b, tmp_path, ["lora"], lrs=lrs, progress=False, work=work)["lora"]
+    search((.1, .2))
+    again = search((.1,))
+    assert again["lr"] == .2 and again["tried"] == {"0.1": .1, "0.2": .2}
+    for change in (dict(steps=7), dict(prompts=("{}",))):
+        assert search((.1,), replace(bench, **change))["tried"] == {"0.1": .1}
+
+
+def test_two_searches_at_once(bench, tmp_path):
+    "Neither loses what the other writes; jobs of the other are no result yet, and that is said."
+    def work(job):
+        write_json(rates_file(bench, tmp_path), dict(isolated=dict(lr=.5)))  # the other ends meanwhile
+        return made(job)
+    found = search_lr(bench, tmp_path, ["lora"], lrs=(.1,), progress=False, work=work)
+    assert {k: v["lr"] for k, v in found.items()} == dict(isolated=.5, lora=.1)
+    assert json.loads(rates_file(bench, tmp_path).read_text()) == found
+    job = benchmark.Job(bench, "lora", bench.search[0], 0, .2)
+    with claim(job, tmp_path), pytest.raises(InputError, match="another process is at 1 jobs"):
+        search_lr(bench, tmp_path, ["lora"], lrs=(.1, .2), progress=False, work=made)
+
+
+def test_what_differs_from_the_paper():
+    "Also on its own base; how much a table of the paper holds may be said."
+    base, own = load_bench("published").base, "The published experiment, on its own base."
+    assert differs(load_bench("published")) == differs(paper_bench("ablation", base)) == own
+    for change, said in ((dict(steps=9), "steps 9 (1000)"), (dict(seeds=[0, 1]), "and 2 seeds (50 cases"),
+                         (dict(videos=3), "50 cases of 3 videos (50 cases of 50 videos)")):
+        told = differs(paper_bench("comparison", base, **change))
+        assert said in told and "not run here" not in told
+    some = load_bench("published", cases=read_table(data_folder() / "benchmark/cases.csv")[:3])
+    assert "3 cases of 50 videos (50 cases of 50 videos)" in differs(some)
+    assert differs(replace(some, videos=3), cases=3, videos=3) == own
+    toy = differs(load_bench("toy"), cases=10)
+    assert "2 seeds (10 cases of 50 videos)" in toy
+    assert toy.endswith("The paper's was not run here, on any GPU.")
 
 
 def test_bad_input(home, tmp_path):
@@ -292,6 +575,7 @@ def test_toy_scores_of_the_truth(tmp_path):
     (["run", "--workers", "0"], "workers 0"), (["run", "--lrs", "0.1"], "--lrs is for bench search"),
     (["search", "--lrs", "nan"], "lrs: give positive"),
     (["status", "--data", "nowhere"], "nowhere is not a folder"),
+    (["run", "--seeds", "0,0"], "seeds: give each once"),
     (["run", "--methods", "isolated:motion_steps=abc"], "motion_steps is int | None, not 'abc'"),
     (["data", "--data", "nowhere"], "nowhere is not a folder")])
 def test_flags_that_cannot_be(home, tmp_path, capsys, flags, said):
