@@ -457,7 +457,8 @@ def run_demo(args):
     write_json(out/"scores.json", scores)
     print(f"adapter  {path}\nvideos   {out/'run'/'samples'}\nscores   {out/'scores.json'}\n"
           f"sheet    {sheet}  <- open this\n\n{_score_table(scores)}\n")
-    print("expect some of the subject's looks and hardly any of the motion: the toy base is small\n"
+    print("reference: the truth as drawn\n"
+          "expect some of the subject's looks and hardly any of the motion: the toy base is small\n"
           "next: your own folders, with dualreal check")
     print(f"{time.perf_counter() - start:.0f} seconds")
 
