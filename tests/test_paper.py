@@ -18,7 +18,8 @@ STEPS = sorted({int(spec.split("motion_steps=")[1]) for spec in load_bench("toy"
 def scores(job, video):
     "DualReal is best; trained apart, motion costs identity, and every subject has a best number of its own."
     noise = np.random.default_rng([job.seed, video]).normal(0, .001)
-    row = dict.fromkeys(("clip_i", "dino_i", "identity", "palette", "kind", "motion"), .8 if job.method == "dualreal" else .5)
+    told = ("clip_i", "dino_i", "identity", "palette", "kind", "motion")
+    row = dict.fromkeys(told, .8 if job.method == "dualreal" else .5)
     if "motion_steps" in job.method:
         done, case = int(job.method.split("motion_steps=")[1]), job.bench.cases.index(job.case)
         best, moved = .3 * (done == STEPS[case % 3]), .4 * done / STEPS[-1]
