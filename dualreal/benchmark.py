@@ -709,8 +709,7 @@ def spent(bench, out=None) -> str: # a sentence
     hours = sum(_hours(r) for r in there if r.get("seconds"))
     return f"{len(there)} results of {bench.name} are recorded in all: {hours:.1f} hours of one core."
 
-def differs(bench, cases:int=None, # of the paper's table; None: as the published benchmark has
-            videos:int=None # likewise, of each case
+def differs(bench, cases:int=None # of the paper's table; None: as the published benchmark has
            ) -> str: # sentences
     "What of an experiment is not the paper's."
     paper, usual = load_bench("published"), BaseSize()
@@ -723,7 +722,7 @@ def differs(bench, cases:int=None, # of the paper's table; None: as the publishe
     if len(bench.seeds) != len(paper.seeds): scored += f" and {len(bench.seeds)} seeds"
     frames = lambda b: f"{b.frames} frames of {b.height}x{b.width}"
     pairs = {"base": (bench.base, paper.base), "videos": (frames(size), frames(usual)),
-             "scored": (scored, f"{cases} cases of {videos or len(paper.prompts)} videos"),
+             "scored": (scored, f"{cases} cases of {len(paper.prompts)} videos"),
              "sampling": (bench.sampling or usual.steps, usual.steps),
              **{k: (bench.steps if k == "steps" and bench.steps else here[k], v) for k, v in PUBLISHED.items()
                 if k != "micro_batch"}, # which changes no result
@@ -732,7 +731,6 @@ def differs(bench, cases:int=None, # of the paper's table; None: as the publishe
     if not told: return "The published experiment, on its own base."
     said = f"Not as in the paper, whose own is in brackets: {told}."
     return said if own else f"{said} The paper's was not run here, on any GPU."
-
 
 # %% ../nbs/33_benchmark.ipynb
 def find_part(root, name:str) -> Path:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Recipes 1 to 4 on one GPU, as much at once as they allow:
 #     tools/pretrain_gpu.sh FOLDER [LOG]
-# FOLDER gets checkpoints, drawings (13 GB) and what is made; the drawing itself takes 5 GB more in TMPDIR, and 16 GB of
-# memory. LOG (default: FOLDER) gets a log for each recipe. 41 minutes of training, plus drawing with all cores.
+# FOLDER gets checkpoints, drawings and what is made: by the sizes of the arrays 13 GB, 5 GB more in TMPDIR while it draws,
+# and some 10 GB of memory (not measured). DUALREAL_ANY_DEVICE=1 tries it without a GPU. LOG (default: FOLDER) gets a log for each recipe. 41 minutes of training, plus drawing with all cores.
 # The cores draw while the GPU trains the VAE; the transformer begins as soon as the encoder is final, and the
 # decoder and CLIP share the GPU with it. Minutes: DUALREAL_VAE_MINUTES and so on, see the recipes.
 # Stopped, it goes on where it was, when started again. DUALREAL_INSTALL=1 also copies what was made into the package.
