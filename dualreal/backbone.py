@@ -4,8 +4,9 @@
 
 # %% auto 0
 __all__ = ['SIZES', 'SMALL_FILES', 'VIT_H', 'OPEN_CLIP_FILES', 'asset', 'toy_base_path', 'missing_files', 'find_base',
-           'find_sizes', 'load_base', 'BaseSize', 'base_size', 'ReferenceEncoder', 'load_reference_encoder',
-           'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
+           'find_sizes', 'load_base', 'BaseSize', 'base_size', 'check_picture', 'ReferenceEncoder',
+           'load_reference_encoder', 'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer',
+           'tiny_pipeline', 'wide_pipeline']
 
 # %% ../nbs/04_backbone.ipynb
 import json
@@ -146,16 +147,26 @@ def _size_of(c, stride): # the transformer's configuration, the VAE's stride in 
 
 def base_size(base:CogVideoXPipeline|Path) -> BaseSize: # a pipeline, or its folder (nothing is loaded then)
     "What the base was made for: its `dualreal.json` over its transformer's configuration."
-    read = lambda path: json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(base, (str, Path)):
-        folder = Path(base)
-        levels = len(read(folder / "vae/config.json")["block_out_channels"])
-        size = _size_of(read(folder / "transformer/config.json"), 2 ** (levels - 1))
-    else:
-        folder = Path(base.config._name_or_path or ".")
-        size = _size_of(base.transformer.config, base.vae_scale_factor_spatial)
+    folder = Path(base) if isinstance(base, (str, Path)) else Path(base.config._name_or_path or ".")
     note = folder / "dualreal.json"
-    return BaseSize(**{**asdict(size), **(read(note) if note.is_file() else {})})
+    return BaseSize(**{**asdict(_size_of(*_shape(base))), **(_read(note) if note.is_file() else {})})
+
+def _read(path): return json.loads(path.read_text(encoding="utf-8"))
+
+def _shape(base): # configuration of the transformer, pixels on a side of a latent
+    if not isinstance(base, (str, Path)): return base.transformer.config, base.vae_scale_factor_spatial
+    levels = len(_read(Path(base) / "vae/config.json")["block_out_channels"])
+    return _read(Path(base) / "transformer/config.json"), 2 ** (levels - 1)
+
+def check_picture(base:CogVideoXPipeline|Path, height:int, width:int):
+    "`InputError` for a size, in pixels, that this base cannot draw."
+    config, stride = _shape(base)
+    own, step = base_size(base), stride * config["patch_size"]
+    for name, value in (("height", height), ("width", width)):
+        if value < step or value % step: raise InputError(f"{name} {value}: this base needs a multiple of {step}")
+    if config.get("use_learned_positional_embeddings") and (height, width) != (own.height, own.width):
+        wrong = f"height {height}, width {width}"
+        raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")
 
 # %% ../nbs/04_backbone.ipynb
 class ReferenceEncoder:

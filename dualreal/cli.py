@@ -34,6 +34,9 @@ def main(argv=None) -> int: # arguments without the program's name; default: the
         return args.run(args) or 0
     except InputError as e: return _fail(e, 2)
     except PermissionError as e: return _fail(f"{e.filename or 'a file'}: permission denied", 2)
+    except BrokenPipeError: # `dualreal inspect … | head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except KeyboardInterrupt as e:
         return _fail(str(e) or "interrupted; what was saved is kept", getattr(e, "status", 130))
     except Exception as e: return _fail(_sentence(e), 1)
@@ -176,6 +179,9 @@ def _say_best(out):
 
 def _step_log(path):
     "What `train` calls after each step: one line more."
+    from dualreal.encode import check_writable
+    if Path(path).is_dir(): raise InputError(f"--log {path}: is a folder; give the name of a file")
+    check_writable(Path(path).parent, "give another --log FILE").mkdir(parents=True, exist_ok=True)
     def write(run, row):
         if not run.accelerator.is_main_process: return
         with open(path, "a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
@@ -225,6 +231,9 @@ def run_generate(args):
     if "*" in (info.get("subject") or "") and "*" not in args.prompt:
         known = f'the adapter knows its subject as "{info["subject"]}"'
         print(f'note: --prompt has no "*": {known}')
+    without = not info.get("folded") and _settings(tensors, info, args.adapter)["condition_dim"] is None
+    if args.reference and without: # a folded one has its own sentence, below
+        raise InputError("--reference: this adapter has no condition to use it (never had, or folded); leave it out")
     pipe = _base_with_adapter(args, tensors, info)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
@@ -337,16 +346,18 @@ def run_check(args):
     "dualreal check: what training would see, before it costs anything."
     from transformers import AutoTokenizer
 
-    from dualreal.backbone import base_size, find_sizes
-    from dualreal.data import case_sheet, check_case, format_report, load_case
+    from dualreal.backbone import base_size, check_picture, find_sizes
+    from dualreal.data import MIN_CLIP, case_sheet, check_case, format_report, load_case
     from dualreal.video import FITS
     case = load_case(args.identity, args.motion, args.identity_prompt, args.motion_prompt)
     folder = find_sizes(args.base)
     base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
-    size = [getattr(args, k) or getattr(base, k) for k in ("height", "width", "frames")]
+    size = [getattr(base, k) if getattr(args, k) is None else getattr(args, k) for k in ("height", "width", "frames")]
     how = dict(fps=args.fps, fit=args.fit or "crop")
-    if min(size) < 1 or not (args.fps is None or args.fps > 0):
+    if min(size) < 1 or not (args.fps is None or 0 < args.fps < float("inf")):
         raise InputError("--height, --width, --frames and --fps: give positive numbers")
+    if size[2] < MIN_CLIP: raise InputError(f"frames {size[2]}: give at least {MIN_CLIP}") # as `train` says
+    check_picture(folder, *size[:2])
     if how["fit"] not in FITS: raise InputError(f"--fit {args.fit}: give {' or '.join(FITS)}")
     if args.sheet and not args.sheet.lower().endswith((".png", ".jpg")):
         raise InputError(f"{args.sheet}: --sheet must end in .png or .jpg")
@@ -384,16 +395,24 @@ def _settings(tensors, info, path):
 # %% ../nbs/41_cli.ipynb
 def run_convert(args):
     "dualreal convert: between our file and the published dictionary; --fold for one reference."
-    from dualreal.checkpoint import SCALE, read_adapter
-    target, (tensors, info, stored) = Path(args.target), read_adapter(args.source)
+    from dualreal.checkpoint import SCALE, find_adapter, read_adapter
+    from dualreal.encode import check_writable
+    source, target = find_adapter(args.source), Path(args.target)
+    tensors, info, stored = read_adapter(source)
     if target.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{target}: the target must end in .safetensors or .pth")
     if target.is_dir(): raise InputError(f"{target}: is a folder; give the name of a file")
+    if target.resolve() == source.resolve(): raise InputError(f"{target}: is the source; give another file")
+    if target.exists() and not args.overwrite:
+        raise InputError(f"{target}: is there already; give another name, or --overwrite")
+    check_writable(target.parent, "give another target")
     info = dict(info, config=_settings(tensors, info, args.source))
     tensors.pop(SCALE, None) # the configuration has it
     if args.fold: tensors, info, stored = _fold(args, tensors, info, stored)
     elif args.reference: raise InputError("--reference is for --fold: a converted file keeps its own")
     _write_adapter(target, tensors, info, stored)
+    if target.suffix == ".pth" and stored is not None:
+        print("note: a published dictionary holds no reference: `dualreal generate` will need --reference IMAGE")
     print(f"wrote {target} ({target.stat().st_size/1e6:.1f} MB)")
 
 def _fold(args, tensors, info, stored):
@@ -472,7 +491,8 @@ def _check_demo(args, out):
         if name not in known:
             raise InputError(f"{name!r} is not held out from the toy base: use one of {', '.join(known)}")
     note = check_writable(out, "give another --out folder")/"demo.json"
-    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    try: before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    except ValueError as e: raise InputError(f"{note} is damaged: remove it, or give another --out folder") from e
     for k in before:
         if before[k] not in (None, getattr(args, k)): # None: as earlier versions wrote the base's own steps
             raise InputError(f"{out} holds a demo with {k} {before[k]}: give that, or another --out folder")
@@ -644,6 +664,7 @@ def _convert_flags(p):
     p.add_argument("source", metavar="IN", help="adapter file or folder")
     p.add_argument("target", metavar="OUT", help="*.safetensors or *.pth (published dictionary)")
     p.add_argument("--fold", action="store_true", help="build the reference in: exact, far smaller")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     _add(p, "reference", str, "for --fold: picture of the subject; default: stored in IN", metavar="IMAGE")
     _add(p, "base", str, "for --reference: default: the base that IN names")
     _add(p, "reference_encoder", str, "for --reference: a path or a Hub id; default: as in training")

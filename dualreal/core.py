@@ -77,7 +77,8 @@ def write_json(path, # target file
                obj): # anything `json` takes; paths and enumerations become strings
     "Write `obj` to `path` as readable JSON, atomically."
     text = json.dumps(obj, indent=1, sort_keys=True, default=str, ensure_ascii=False) + "\n"
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8")
+    with atomic_path(path) as tmp: # a file's name need not be UTF-8: what is not comes back as it was
+        tmp.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 # %% ../nbs/00_core.ipynb
 def content_hash(*parts): # bytes, str, paths of files (their content counts), arrays, tensors, JSON-able

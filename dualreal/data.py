@@ -161,8 +161,8 @@ def _by_name(source: Path,  # prompts.txt
             raise InputError(f"{source}: {line!r} has no tab, other lines are name<TAB>prompt.")
         if not meant:
             raise InputError(f"{source} has a caption for {name}, which is not among the files.")
-        if meant[0] in found:
-            raise InputError(f"{source} has two captions for {meant[0].name}.")
+        if twice := [file.name for file in meant if file in found]:
+            raise InputError(f"{source} has two captions for {twice[0]}.")
         found |= dict.fromkeys(meant, prompt.strip())
     for file in files:
         if not found.get(file):

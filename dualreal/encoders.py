@@ -145,11 +145,10 @@ class ExportedMidpoint:
     @torch.no_grad()
     def __call__(self, left, right): # float32 (H, W, 3) in 0..1, twice -> the same
         ready = lambda f: torch.from_numpy(np.ascontiguousarray(f)).permute(2, 0, 1)[None].to(self.device)
-        try: out = self.run(ready(left), ready(right))
-        except RuntimeError as e:
-            raise InputError(f"{self.path} does not take pictures of {left.shape[1]}x{left.shape[0]} "
-                             f"({str(e).splitlines()[0]})") from e
-        return out[0].float().permute(1, 2, 0).cpu().numpy()
+        try: return self.run(ready(left), ready(right))[0].float().permute(1, 2, 0).cpu().numpy()
+        except Exception as e: # a program that expects something else fails in many ways
+            raise InputError(f"{self.path} does not make a picture of two of {left.shape[1]}x{left.shape[0]} "
+                             f"({(str(e).splitlines() or [type(e).__name__])[0]})") from e
 
 def _program(path, device):
     if not zipfile.is_zipfile(path): raise ValueError("both kinds are zip files")
@@ -174,6 +173,12 @@ PUBLISHED = dict( # name, file in a local folder of weights, megabytes, where it
 
 # %% ../nbs/31_encoders.ipynb
 def _load(key, source:Path, name, device):
+    try: return _opened(key, source, name, device)
+    except (MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e: # a damaged file fails in many ways
+        raise InputError(f"{source} cannot be read as {name} ({type(e).__name__}): fetch it again") from e
+
+def _opened(key, source, name, device):
     if key == "dino_i":
         from transformers import ViTModel
         return Dino(ViTModel.from_pretrained(source, add_pooling_layer=False), name, device=device)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -41,14 +42,13 @@ from dualreal.video import (
     clip_facts,
     frame_files,
     natural_key,
-    read_image,
     read_video,
     resize_crop,
     stream_video,
 )
 
 from .core import InputError, atomic_path, content_hash, environment, pick_device, write_json
-from .data import identity_files, motion_files
+from .data import Item, first_frame, identity_files, motion_files
 from .encode import cache_folder, check_writable, fingerprint
 from .encoders import Missing, load_encoders
 from .toyworld import HELD_OUT_SUBJECTS, find_motion
@@ -172,6 +172,7 @@ class References:
                  results=None # a `Results`: keeps the clips' degrees between runs
                 ):
         self.images, self.clips, self.results, self.known = list(images), list(clips), results, {}
+        self.left = {} # a clip's number -> why it has no degree
 
     def features(self, network) -> np.ndarray: # (R, D)
         "Features of the pictures."
@@ -179,25 +180,33 @@ class References:
         return self.known[id(network)]
 
     def degrees(self, flow, size=None) -> list: # size: (height, width), None: their own
-        "The clips' dynamic degrees, in pixels; clips too short for one are left out."
+        "The clips' dynamic degrees, in pixels; a clip without one (too short, too small) is `left` out."
         key = id(flow), size
         if key not in self.known:
             found = [self._degree(clip, flow, size) for clip in self.clips]
-            self.known[key] = [d for d in found if d is not None]
+            self.known[key] = [d for d in found if not isinstance(d, str)]
+            self.left |= {i: d for i, d in enumerate(found) if isinstance(d, str)}
         return self.known[key]
+
+    def note(self) -> list: # of one sentence, or none
+        "What is said of clips without a degree."
+        if not self.left: return []
+        i, why = next(iter(self.left.items()))
+        name = "" if isinstance(self.clips[i], tuple) else f"{Path(self.clips[i]).name}: "
+        return [f"{len(self.left)} of {len(self.clips)} clips of the motion have no dynamic degree ({name}{why})"]
 
     def _degree(self, clip, flow, size):
         if self.results is None or isinstance(clip, tuple): return _degree(clip, flow, size)
         kept, key = self.results.of(clip), content_hash("dynamic_degree", identity_of(flow), list(size or ()))
-        if key not in kept: kept[key] = _degree(clip, flow, size); self.results.keep(clip, kept)
+        if kept.get(key) is None: kept[key] = _degree(clip, flow, size); self.results.keep(clip, kept)
         return kept[key]
 
-def _degree(clip, flow, size):
+def _degree(clip, flow, size): # a number, or why there is none
     if isinstance(clip, tuple): fps, parts = clip[1], _cut(clip[0])
     else: fps, parts = clip_facts(clip).fps, stream_video(clip, CHUNK)
     scorer = Scorer(fps, dict(flow=flow), wanted=("dynamic_degree",))
     for part in parts: scorer.feed(resize_crop(part, *size) if size else part)
-    return scorer.values().get("dynamic_degree")
+    return (scorer.values() | scorer.why)["dynamic_degree"]
 
 def _cut(frames): return (frames[i:i + CHUNK] for i in range(0, len(frames), CHUNK))
 
@@ -224,7 +233,7 @@ def _deviations(row, encoders, references, size):
     reason = not_computed(m, encoders, references, None) or why.get("dynamic_degree", "")
     if reason: why[m] = reason; return {}
     own, cut = (references.degrees(encoders["flow"], s) for s in (None, size))
-    if not own or not cut: why[m] = "not computed: the clips of the motion are too short"; return {}
+    if not own or not cut: why[m] = f"not computed: {references.note()[0]}"; return {}
     found, d = {}, row["dynamic_degree"]
     for end, degrees in (("", own), ("_resized", cut)):
         found |= {m + end: deviation(d, degrees), f"dynamic_degree_reference{end}": float(np.mean(degrees))}
@@ -253,22 +262,27 @@ def find_videos(folder) -> tuple[list, list]: # videos in natural order, notes
     names = ", ".join(inside(p) for p in strange[:5]) + (", ..." if len(strange) > 5 else "")
     return videos, [f"left out, no videos: {names}"] * bool(strange)
 
-def _walk(folder): # videos below a folder, and files that are none
-    found, strange = [], []
+def _walk(folder, above=()): # videos below a folder, and files that are none
+    found, strange, above = [], [], {*above, folder.resolve()}
     for path in sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key):
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file(): found.append(path)
+        elif path.resolve() in above or _sheets(path): strange.append(path) # a link in a circle, our own strips
         elif path.is_dir():
-            inside, left = _walk(path)
+            inside, left = _walk(path, above)
             if inside: found += inside; strange += left
             elif frame_files(path) or not any(path.iterdir()): found.append(path) # an empty one: of no frame
             else: strange.append(path)
         elif not _record(path): strange.append(path)
     return found, strange
 
-def _record(path): # whether `dualreal generate` wrote it beside a video
+def _sheets(path): # whether `evaluate` wrote this folder: its strips are pictures, not frames
+    return path.name == "sheets" and (path.parent/"report.json").is_file()
+
+def _record(path): # whether `dualreal generate` or `train` wrote it beside a video
     end = next((e for e in (".json", ".weights.png") if path.name.endswith(e)), None)
-    return end is not None and (video := path.with_name(path.name.removesuffix(end))).is_file() \
-        and video.suffix.lower() in VIDEO_SUFFIXES
+    beside = path.with_name(path.name.removesuffix(end)) if end else path
+    return end is not None and any(v.suffix.lower() in VIDEO_SUFFIXES and v.is_file()
+                                   for v in (beside, *map(beside.with_suffix, VIDEO_SUFFIXES)))
 
 # %% ../nbs/32_evaluate.ipynb
 def read_prompts(source, # a file; None
@@ -277,19 +291,25 @@ def read_prompts(source, # a file; None
     "The prompt of each video that has one."
     if source is None: return None, []
     path = Path(source)
-    try: lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"--prompts {path}: no UTF-8 text is there") from e
-    if not lines: raise InputError(f"--prompts {path}: the file is empty")
-    if any("\t" in line for line in lines): return _by_name(lines, path, videos)
-    notes = [f"{path}: {len(lines)} prompts for {len(videos)} videos"] * (len(lines) != len(videos))
-    return {v.name: line for v, line in zip(videos, lines)}, notes
+    said = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not said: raise InputError(f"--prompts {path}: the file is empty")
+    if any("\t" in line for _, line in said): return _by_name(said, path, videos)
+    if len(said) != len(videos):
+        raise InputError(f"--prompts {path}: {len(said)} prompts for {len(videos)} videos; give one line for "
+                         "each in the order of their names, or lines of name<TAB>prompt for some")
+    return {v.name: line.strip() for v, (_, line) in zip(videos, said)}, []
 
-def _by_name(lines, path, videos):
-    for i, line in enumerate(lines):
-        if "\t" not in line:
-            raise InputError(f"{path}, line {i + 1}: no tab between name and prompt, as other lines have")
-    told = dict((part.strip() for part in line.split("\t", 1)) for line in lines)
+def _by_name(lines, path, videos): # lines: (number, text)
+    told = {}
+    for i, line in lines:
+        name, tab, prompt = (part.strip(" ") for part in line.partition("\t"))
+        if not tab: raise InputError(f"{path}, line {i}: no tab between name and prompt, as other lines have")
+        if not prompt.strip(): raise InputError(f"{path}, line {i}: no prompt after {name}")
+        if name in told: raise InputError(f"{path}, line {i}: a second prompt for {name}")
+        told[name] = prompt.strip()
     ways = lambda v: (v.name, str(Path(v.name).with_suffix("")), Path(v.name).name, Path(v.name).stem)
     given = {v.name: next((told[w] for w in ways(v) if told.get(w)), None) for v in videos}
     unknown = sorted(set(told) - {w for v in videos for w in ways(v)})
@@ -313,8 +333,10 @@ def content_of(path:Path) -> str:
     return h.hexdigest()
 
 def identity_of(network) -> str:
-    "A hash that changes when a network would answer differently."
-    if hasattr(network, "model"): return content_hash(network.name, fingerprint(network.model))
+    "A hash of a network, as far as `fingerprint` tells networks apart, and of the kind of device it is on."
+    if hasattr(network, "model"):
+        kinds = sorted({p.device.type for p in network.model.parameters()})
+        return content_hash(network.name, fingerprint(network.model), *(k for k in kinds if k != "cpu"))
     if hasattr(network, "flow"): return content_hash(network.name, identity_of(network.flow))
     if hasattr(network, "path"): return content_hash(network.name, network.path)
     return content_hash(getattr(network, "name", repr(network)), metadata.version("opencv-python-headless"))
@@ -331,10 +353,18 @@ class Results:
 
     def of(self, path) -> dict:
         "What is known of a video; empty if nothing, or if the entry is damaged."
-        try: return json.loads(self.file(path).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError): return {}
+        try: return dict(json.loads(self.file(path).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError): return {}
 
-    def keep(self, path, known:dict): write_json(self.file(path), known)
+    def keep(self, path, known:dict):
+        "Write what is known of a video."
+        with self.writing(): write_json(self.file(path), known)
+
+    @contextmanager
+    def writing(self):
+        "What is wrong with the folder is not the video's fault."
+        try: yield
+        except OSError as e: raise RuntimeError(f"{self.folder}: results cannot be kept there ({e})") from e
 
 # %% ../nbs/32_evaluate.ipynb
 class Strip:
@@ -434,6 +464,7 @@ _601 = (0, 2, 5, 6) # RGB, no tag, BT.601 (625 and 525 lines)
 def oddities(path:Path, facts) -> list: # facts: from `clip_facts`
     "Notes on a file whose numbers need care."
     said = ["the frame rate varies: pairs of frames are not equally far apart"] * facts.variable
+    if facts.missing: said.append(f"{facts.missing} frames that its header promises are not there: it may be cut off")
     if facts.matrix not in _601:
         tag = {1: "BT.709", 9: "BT.2020"}.get(facts.matrix, f"matrix {facts.matrix}")
         said.append(f"colours are tagged {tag}, not BT.601: other decoders may give other pixels")
@@ -477,7 +508,7 @@ def _decode(job, video, facts, wanted, prompt) -> dict: # found: metric -> numbe
         for taker in (scorer, strip, truth): taker and taker.feed(part)
         size = part.shape[1:3]
     if not scorer.seen: raise InputError(f"{video.path} holds no frame.")
-    strip.save(job.results.file(video.path, ".jpg"))
+    with job.results.writing(): strip.save(job.results.file(video.path, ".jpg"))
     found = scorer.values() | scorer.why
     if truth: scorer._try("truth", lambda: found.update(truth.values()))
     if "truth" in scorer.why: found |= dict.fromkeys(EXTRAS[-2:], scorer.why["truth"])
@@ -522,7 +553,8 @@ def load_references(identity, motion, results) -> tuple: # `References`, and wha
     odd = [p.name for p in pictures if _see_through([p])]
     notes = notes + more + [f"{', '.join(odd)}: transparency is laid over white"] * bool(odd)
     said = dict(identity=[str(p) for p in pictures], motion=[str(p) for p in clips])
-    return References([read_image(p) for p in pictures], clips, results), said, notes
+    images = [first_frame(Item(p, "image", "")) for p in pictures] # a clip, as `check` and `train` take it, too
+    return References(images, clips, results), said, notes
 
 # %% ../nbs/32_evaluate.ipynb
 def encoder_names(encoders:dict) -> dict: # metric -> name, None: its network is missing
@@ -585,7 +617,7 @@ def _report(job, rows, notes, given, seconds):
     return dict(
         summary=over_videos, summary_cases=over_cases, videos=rows,
         encoders=encoder_names(job.encoders), missing=missing,
-        notes=notes, references=given, truth=job.truth and ":".join(job.truth),
+        notes=notes + job.references.note(), references=given, truth=job.truth and ":".join(job.truth),
         settings=dict(chunk=CHUNK, decoder=decoder(), version=VERSION), environment=environment(),
         counts=dict(videos=len(rows), failed=sum(bool(r["error"]) for r in rows), decoded=job.decoded,
                     cached=sum(r["cached"] for r in rows)), seconds=dict(job.seconds, run=seconds))
@@ -603,7 +635,8 @@ def _write(report, videos, job, out):
     strip.save(out / "sheets/identity.jpg")
     facts = "frames fps height width stride prompt error".split()
     columns = ["name", "case", *METRICS, *EXTRAS, *facts]
-    with atomic_path(out / "report.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
+    how = dict(newline="", encoding="utf-8", errors="backslashreplace") # names of files need not be text
+    with atomic_path(out / "report.csv") as tmp, open(tmp, "w", **how) as file:
         table = csv.DictWriter(file, columns, extrasaction="ignore")
         table.writeheader()
         table.writerows(report["videos"])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
-from .backbone import BaseSize, base_size
+from .backbone import BaseSize, base_size, check_picture
 from .core import InputError
 from .encode import check_prompt
 from .tuner import Conductor, blend_weights, conductor_of
@@ -40,18 +40,12 @@ class Generation:
 def sized(pipe, **given) -> BaseSize: # given: values that are not None come before the base's own
     "The sizes of a generation; `InputError` for one that this base cannot generate."
     size = replace(base_size(pipe), **{k: v for k, v in given.items() if v is not None})
-    step = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
-    for name, value in (("height", size.height), ("width", size.width)):
-        if value < step or value % step:
-            raise InputError(f"{name} {value}: this base needs a multiple of {step}")
-    own, fixed = base_size(pipe), pipe.transformer.config.use_learned_positional_embeddings
-    if fixed and (size.height, size.width) != (own.height, own.width):
-        wrong = f"height {size.height}, width {size.width}"
-        raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")
+    check_picture(pipe, size.height, size.width)
     if size.frames < 1 or size.frames % 8 != 1:
         near = max(1, 8*round((size.frames - 1)/8) + 1)
         raise InputError(f"{size.frames} frames: this base generates 8k+1 frames (1, 9, 17, …); try {near}")
     if size.steps < 1: raise InputError(f"steps {size.steps}: give at least 1")
+    if not 0 <= size.guidance < float("inf"): raise InputError(f"guidance {size.guidance}: give a number from 0")
     return size
 
 # %% ../nbs/22_generate.ipynb
@@ -125,6 +119,7 @@ def generate(pipe,               # stock CogVideoXPipeline; its transformer may 
             ) -> Generation:
     "Generate one video; the same arguments give the same video."
     size, watch = sized(pipe, **sizes), _Watch(pipe.transformer)
+    if not 0 <= seed < 2**64: raise InputError(f"seed {seed}: give a whole number from 0, of 64 bits at most")
     if prompt_embeds is None: check_prompt(pipe.tokenizer, prompt, size.max_tokens)
     pipe.scheduler = trailing(pipe.scheduler)
     pipe.set_progress_bar_config(disable=not progress, leave=False, desc="denoising")

@@ -223,7 +223,7 @@ def write_pages(out) -> list: # paths; out: a folder with report.json
     caption = f"{len(report['videos'])} videos, means with 95% intervals."
     pages = {"report.md": md, "report.tex": latex(means, caption), "report.html": _page(report, means, out)}
     for name, text in pages.items():
-        with atomic_path(out / name) as tmp: tmp.write_text(text, encoding="utf-8")
+        with atomic_path(out / name) as tmp: tmp.write_text(text, encoding="utf-8", errors="backslashreplace")
     return [out / name for name in pages]
 
 # %% ../nbs/34_report.ipynb

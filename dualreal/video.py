@@ -156,6 +156,7 @@ class Facts(NamedTuple):
     variable: bool = False  # unequal times between pictures
     pixels: str = ""  # layout, e.g. yuv420p
     matrix: int = 2  # colour matrix tag: 1 BT.709, 2 none, 5 and 6 BT.601, 9 BT.2020
+    missing: int = 0  # pictures that the header promises and that are not there
 
 
 def _uneven(times: list[int],  # of the pictures, in ticks
@@ -188,7 +189,8 @@ def _opened(container,  # an open av container
     times, end, whole = _walk(container)
     known, rate = [t for t in times if t is not None], stream.average_rate or Fraction(FPS)
     code = stream.codec_context
-    facts = Facts(len(times), float(rate), _uneven(known), code.pix_fmt or "", int(code.colorspace))
+    facts = Facts(len(times), float(rate), _uneven(known), code.pix_fmt or "", int(code.colorspace),
+                  max(0, stream.frames - len(times)))
     return facts, stream.frames, (container.duration or 0) / 1e6, end, whole
 
 # %% ../nbs/01_video.ipynb
@@ -230,6 +232,8 @@ def _kind(path: Path  # a video file, a GIF or a folder of frames
         return "folder"
     if not path.is_file():
         raise InputError(f"{path} does not exist.")
+    if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes of a name that are no text: readers refuse them
+        raise InputError(f"{ascii(str(path))} has a name that is not UTF-8: rename it.")
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         kinds = ", ".join(VIDEO_SUFFIXES)
         raise InputError(f"{path} is not a video: expected {kinds} or a folder of frames.")

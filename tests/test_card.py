@@ -21,6 +21,7 @@ def run(tmp_path):
     transformer = tiny_transformer()
     transformer.add_adapter(DualRealConfig(rank=2, groups=2, condition_dim=None))
     facts = dict(base="/home/me/secret-place/mine", subject=EVIL, motion="a creature is swinging")
+    facts["training"] = dict(reference_encoder="/home/me/secret-place/enc.safetensors")
     save_adapter(transformer, tmp_path / "run", metadata=facts)
     write_video(tmp_path / "run/samples/00.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)
     write_json(tmp_path / "run/samples/00.json", dict(prompt=EVIL))
@@ -47,6 +48,21 @@ def test_front_matter_and_upload(run, capsys):
     assert f"hf upload me/cat {run} . --include=README.md --include=adapter.safetensors" in said
     assert (run / "card-samples/00.gif").read_bytes()[:3] == b"GIF"
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
+
+
+def test_own_folders_are_nobodys_business(run):
+    text = card(run)
+    assert "secret-place" not in text and "enc.safetensors" in text
+
+
+def test_samples_of_an_earlier_card_go(run):
+    "The upload takes card-samples/*.gif: only what the card shows may lie there."
+    write_video(run / "samples/01.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)
+    card(run)
+    (run / "samples/01.mp4").unlink()
+    (run / "card-samples/mine.gif").write_bytes(b"GIF")
+    card(run)
+    assert sorted(p.name for p in (run / "card-samples").iterdir()) == ["00.gif", "mine.gif"]
 
 
 def test_captions_stay_text(run):

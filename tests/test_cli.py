@@ -347,8 +347,11 @@ def test_folding_needs_what_it_builds_in(trained, home, tmp_path, capsys):
     assert main(["convert", str(trained), str(bare)]) == 0
     assert "stores no reference; give --reference" in fold(bare, "--fold")
     assert main(["convert", str(bare), str(again), "--fold", *own]) == 0
-    assert "no condition to fold" in fold(again, "--fold")
+    assert "is there already" in fold(trained) and "is the source" in fold(again, "--overwrite")
+    assert "no condition to fold" in complaint(capsys, 2, "convert", again, tmp_path / "c.pth", "--fold")
     assert "reference is built in" in complaint(capsys, 2, *generate(again, tmp_path / "a.mp4", *own))
+    assert main(["convert", str(again), str(bare), "--overwrite"]) == 0
+    assert "no condition to use it" in complaint(capsys, 2, *generate(bare, tmp_path / "a.mp4", *own))
     wrong = generate(trained, tmp_path / "a.mp4", "--approximate", "x")
     assert "use one of first-block" in complaint(capsys, 2, *wrong)
 
@@ -444,6 +447,7 @@ def test_adapter_of_another_base(trained, tmp_path, capsys):
 
 def test_published_file(trained, tmp_path, capsys):
     assert main(["convert", str(trained), str(tmp_path / "adapter.pth")]) == 0
+    assert "holds no reference" in capsys.readouterr().out
     assert main(generate(tmp_path / "adapter.pth", tmp_path / "a.mp4", "--base", "toy")) == 0
     assert "condition absent" in capsys.readouterr().out
     assert "--base" in complaint(capsys, 2, *generate(tmp_path / "adapter.pth", tmp_path / "b.mp4"))
@@ -487,6 +491,24 @@ def test_check_json(case, capsys):
     assert main(["check", *where, "--json"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["ok"] is False and "01.png" in err
+
+
+@pytest.mark.parametrize("more,says", [
+    (("--frames", "3"), "frames 3: give at least 5"), (("--frames", "0"), "positive"),
+    (("--height", "65"), "height 65: this base needs a multiple of 16"),
+    (("--height", "128", "--width", "128"), "this base draws 64x64 only")])
+def test_check_refuses_what_train_refuses(case, tmp_path, capsys, more, says):
+    where = ["--identity", case / "identity", "--motion", case / "motion"]
+    assert says in complaint(capsys, 2, "check", *where, *more)
+    if says != "positive": assert says in complaint(capsys, 2, *train(case, tmp_path / "run", *more))
+
+
+def test_log_in_a_new_folder_and_one_that_cannot_be(case, tmp_path, capsys):
+    log = tmp_path / "new/steps.jsonl"
+    assert main(train(case, tmp_path / "run", "--samples", "0", "--log", log)) == 0
+    assert len(log.read_text().splitlines()) == 3
+    inside = complaint(capsys, 2, *train(case, tmp_path / "more", "--log", log / "x"))
+    assert "is a file, not a folder" in inside and not (tmp_path / "more").exists()
 
 
 def test_images_of_any_kind(case, tmp_path):

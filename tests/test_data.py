@@ -1,5 +1,6 @@
 """Folders as people make them, right and wrong: every mistake is one sentence that names the culprit."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,14 @@ def test_captions_by_line_and_by_name(one, wave):
 def test_captions_that_do_not_match(one, wave, lines, says):
     text(one / "prompts.txt", *lines)
     assert "prompts.txt" in fails(says, one, wave)
+
+
+@pytest.mark.parametrize("lines", [["1.png\tcat *", "1\tdog *"], ["1\tdog *", "1.png\tcat *"]])
+def test_one_name_for_two_files(one, wave, lines):
+    "Whichever line comes first."
+    shutil.copy(one / "2.png", one / "1.png")
+    text(one / "prompts.txt", *lines, "2\tdog *", "10\tdog *")
+    assert "prompts.txt" in fails("two captions for 1.png", one, wave)
 
 
 def test_missing_captions(one, wave):

@@ -1,5 +1,7 @@
 """A folder of videos as people have them: what is scored, what is complained of, what is kept."""
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from dualreal.metrics import (
     temporal_consistency,
     temporal_flickering,
 )
+from dualreal.report import write_pages
 from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
 from dualreal.video import read_video, stream_video, write_video
 
@@ -255,13 +258,91 @@ def test_palette_and_transparent_references(fakes):
 
 def test_prompts_too_few_and_too_long(fakes):
     for i in range(3): write_video(f"videos/{i}.mp4", noise(seed=i))
-    Path("p.txt").write_text("a cat\n" + "very " * 90 + "\n")
-    report = score(fakes, prompts="p.txt")
-    rows = report["videos"]
+    Path("p.txt").write_text("0\ta cat\n1\t" + "very " * 90 + "\n")
+    rows = (report := score(fakes, prompts="p.txt"))["videos"]
     values, why = [r["clip_t"] for r in rows], [r["why"].get("clip_t") for r in rows]
     assert values[0] is not None and values[1:] == [None, None] and status(report) == 1
     assert "tokens" in why[1] and "list of prompts" in why[2]
-    assert any("2 prompts for 3" in n for n in report["notes"])
+    Path("p.txt").write_text("a cat\na dog\n")
+    with pytest.raises(module.InputError, match="2 prompts for 3 videos"): score(fakes, prompts="p.txt")
+
+
+def test_own_report_among_the_videos(fakes):
+    "Scored into the folder of the videos, then scored again: the strips are no videos."
+    write_video("videos/a.mp4", noise())
+    first = score(fakes, out="videos")
+    again = score(fakes, out="videos")
+    assert again["summary"] == first["summary"] and len(again["videos"]) == 1
+
+
+def test_link_in_a_circle(fakes):
+    write_video("videos/in/a.mp4", noise())
+    Path("videos/in/up").symlink_to("..")
+    assert [v.name for v in module.find_videos("videos")[0]] == ["in/a.mp4"]
+
+
+def test_name_that_is_no_text(fakes):
+    "Linux takes any bytes for a name: one bad video, and the report is written all the same."
+    for name in "ab": write_video(f"videos/{name}.mp4", noise())
+    try: Path("videos/a.mp4").rename(os.fsdecode(b"videos/caf\xe9.mp4"))
+    except OSError: pytest.skip("this file system takes UTF-8 only")
+    score(fakes, out="out")
+    good, row = json.loads(Path("out/report.json").read_text(encoding="utf-8"))["videos"]
+    assert os.fsencode(row["name"]) == b"caf\xe9.mp4" and len(write_pages("out")) == 3
+    assert "not UTF-8: rename it" in row["error"] and good["error"] is None
+
+
+def test_identity_of_clips(fakes):
+    "The published layout may hold clips of the subject: the first frame of each is its picture."
+    frames = noise()
+    write_video("videos/a.mp4", frames)
+    write_video("subject/videos/0.mp4", frames)
+    report = evaluate("videos", "subject", encoders=fakes, progress=False)
+    assert status(report) == 0 and report["summary"]["clip_i"]["mean"] is not None
+
+
+def test_clips_that_the_flow_refuses(fakes):
+    "Left out with the true reason, and never without a word."
+    class Large(Shift):
+        def __call__(self, a, b):
+            if min(a.shape[:2]) < 40: raise module.InputError("large needs 40 pixels") # padded to 16
+            return super().__call__(a, b)
+    fakes["flow"], small, good = Large(), noise(9, 24, 36), noise(9, 64, 64)
+    row = score_frames(good, 8, References(clips=[(small, 8)]), None, fakes)
+    assert "1 of 1 clips of the motion" in row["why"][METRICS[-1]] and "40 pixels" in row["why"][METRICS[-1]]
+    write_video("videos/a.mp4", good)
+    for i, clip in enumerate((small, good, good[:1])): write_video(f"clips/{i}.mp4", clip)
+    report = score(fakes, motion="clips")
+    assert report["summary"][METRICS[-1]]["mean"] is not None
+    assert any("2 of 3 clips of the motion" in n and "0.mp4: large needs 40" in n for n in report["notes"])
+
+
+def test_results_that_cannot_be_kept(fakes, monkeypatch):
+    "A full cache is not the video's fault: no row, and nothing computed is called unreadable."
+    write_video("videos/a.mp4", noise())
+    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(module, "write_json", full)
+    with pytest.raises(RuntimeError, match="results cannot be kept.*No space left"): score(fakes)
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xfe{", b"[1, 2]", b"{", b""])
+def test_damaged_result_is_made_again(damaged, fakes, home):
+    write_video("videos/a.mp4", noise())
+    first = score(fakes)
+    [entry] = (home / "cache/evaluate").glob("*/*.json")
+    entry.write_bytes(damaged)
+    assert score(fakes)["summary"] == first["summary"]
+
+
+def test_weights_that_are_damaged(home, capsys):
+    write_video("videos/a.mp4", noise())
+    (home / "wts").mkdir()
+    for name in ("raft_large_C_T_V1-22a6c225.pth", "ViT-B-32-quickgelu-openai.safetensors"):
+        (home / "wts" / name).write_bytes(b"abc")
+        ask = ["evaluate", "--videos", "videos", "--identity", "case/identity", "--out", "o"]
+        capsys.readouterr()
+        assert main([*ask, "--weights", "wts"]) == 2
+        assert f"{Path('wts') / name} cannot be read as" in capsys.readouterr().err
 
 
 # The command
@@ -359,3 +440,5 @@ def test_exported_midpoint(fakes):
     for name in ("mean.pt", "mean.pt2"):
         program = ExportedMidpoint(name)
         assert motion_smoothness(noise(), program) == motion_smoothness(noise(), fakes["midpoint"])
+    with pytest.raises(module.InputError, match="mean.pt2 does not make a picture of two of 40x24"):
+        program(*np.random.rand(2, 24, 40, 3).astype(np.float32)) # exported for one size only
