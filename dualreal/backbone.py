@@ -163,7 +163,8 @@ def check_picture(base:CogVideoXPipeline|Path, height:int, width:int):
     config, stride = _shape(base)
     own, step = base_size(base), stride * config["patch_size"]
     for name, value in (("height", height), ("width", width)):
-        if value < step or value % step: raise InputError(f"{name} {value}: this base needs a multiple of {step}")
+        if value < step or value % step:
+            raise InputError(f"{name} {value}: this base needs a multiple of {step}")
     if config.get("use_learned_positional_embeddings") and (height, width) != (own.height, own.width):
         wrong = f"height {height}, width {width}"
         raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")

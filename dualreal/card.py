@@ -204,7 +204,7 @@ def write_card(path,                   # a run's folder, or an adapter file
     for i, video in enumerate(samples_of(folder)[:count]):
         gif = write_gif(video, folder/"card-samples"/f"{i:02d}.gif")
         samples.append((f"card-samples/{gif.name}", prompt_of(video)))
-    for old in (folder/"card-samples").glob("[0-9][0-9].gif"): # of a card with more samples: not to be uploaded
+    for old in (folder/"card-samples").glob("[0-9][0-9].gif"): # of a card with more samples
         if f"card-samples/{old.name}" not in dict(samples): old.unlink()
     with atomic_path(folder/"README.md") as tmp:
         text = card_text(adapter.stem, *read, scores, samples, licence, repo)

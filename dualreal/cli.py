@@ -233,7 +233,7 @@ def run_generate(args):
         print(f'note: --prompt has no "*": {known}')
     without = not info.get("folded") and _settings(tensors, info, args.adapter)["condition_dim"] is None
     if args.reference and without: # a folded one has its own sentence, below
-        raise InputError("--reference: this adapter has no condition to use it (never had, or folded); leave it out")
+        raise InputError("--reference: this adapter has no condition to use it (folded, perhaps); leave it out")
     pipe = _base_with_adapter(args, tensors, info)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
@@ -352,7 +352,8 @@ def run_check(args):
     case = load_case(args.identity, args.motion, args.identity_prompt, args.motion_prompt)
     folder = find_sizes(args.base)
     base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
-    size = [getattr(base, k) if getattr(args, k) is None else getattr(args, k) for k in ("height", "width", "frames")]
+    asked = {k: getattr(args, k) for k in ("height", "width", "frames")}
+    size = [getattr(base, k) if v is None else v for k, v in asked.items()]
     how = dict(fps=args.fps, fit=args.fit or "crop")
     if min(size) < 1 or not (args.fps is None or 0 < args.fps < float("inf")):
         raise InputError("--height, --width, --frames and --fps: give positive numbers")
@@ -412,7 +413,7 @@ def run_convert(args):
     elif args.reference: raise InputError("--reference is for --fold: a converted file keeps its own")
     _write_adapter(target, tensors, info, stored)
     if target.suffix == ".pth" and stored is not None:
-        print("note: a published dictionary holds no reference: `dualreal generate` will need --reference IMAGE")
+        print("note: this file holds no reference: `dualreal generate` will need --reference IMAGE")
     print(f"wrote {target} ({target.stat().st_size/1e6:.1f} MB)")
 
 def _fold(args, tensors, info, stored):
@@ -492,7 +493,7 @@ def _check_demo(args, out):
             raise InputError(f"{name!r} is not held out from the toy base: use one of {', '.join(known)}")
     note = check_writable(out, "give another --out folder")/"demo.json"
     try: before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    except ValueError as e: raise InputError(f"{note} is damaged: remove it, or give another --out folder") from e
+    except ValueError as e: raise InputError(f"{note} is damaged: remove it, or give another --out") from e
     for k in before:
         if before[k] not in (None, getattr(args, k)): # None: as earlier versions wrote the base's own steps
             raise InputError(f"{out} holds a demo with {k} {before[k]}: give that, or another --out folder")

@@ -193,7 +193,8 @@ class References:
         if not self.left: return []
         i, why = next(iter(self.left.items()))
         name = "" if isinstance(self.clips[i], tuple) else f"{Path(self.clips[i]).name}: "
-        return [f"{len(self.left)} of {len(self.clips)} clips of the motion have no dynamic degree ({name}{why})"]
+        count = f"{len(self.left)} of {len(self.clips)}"
+        return [f"{count} clips of the motion have no dynamic degree ({name}{why})"]
 
     def _degree(self, clip, flow, size):
         if self.results is None or isinstance(clip, tuple): return _degree(clip, flow, size)
@@ -266,7 +267,7 @@ def _walk(folder, above=()): # videos below a folder, and files that are none
     found, strange, above = [], [], {*above, folder.resolve()}
     for path in sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key):
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file(): found.append(path)
-        elif path.resolve() in above or _sheets(path): strange.append(path) # a link in a circle, our own strips
+        elif path.resolve() in above or _sheets(path): strange.append(path) # a circle, our strips
         elif path.is_dir():
             inside, left = _walk(path, above)
             if inside: found += inside; strange += left
@@ -464,7 +465,7 @@ _601 = (0, 2, 5, 6) # RGB, no tag, BT.601 (625 and 525 lines)
 def oddities(path:Path, facts) -> list: # facts: from `clip_facts`
     "Notes on a file whose numbers need care."
     said = ["the frame rate varies: pairs of frames are not equally far apart"] * facts.variable
-    if facts.missing: said.append(f"{facts.missing} frames that its header promises are not there: it may be cut off")
+    if facts.missing: said.append(f"it lacks {facts.missing} frames that its header promises: cut off?")
     if facts.matrix not in _601:
         tag = {1: "BT.709", 9: "BT.2020"}.get(facts.matrix, f"matrix {facts.matrix}")
         said.append(f"colours are tagged {tag}, not BT.601: other decoders may give other pixels")
@@ -553,7 +554,7 @@ def load_references(identity, motion, results) -> tuple: # `References`, and wha
     odd = [p.name for p in pictures if _see_through([p])]
     notes = notes + more + [f"{', '.join(odd)}: transparency is laid over white"] * bool(odd)
     said = dict(identity=[str(p) for p in pictures], motion=[str(p) for p in clips])
-    images = [first_frame(Item(p, "image", "")) for p in pictures] # a clip, as `check` and `train` take it, too
+    images = [first_frame(Item(p, "image", "")) for p in pictures] # of a clip, too
     return References(images, clips, results), said, notes
 
 # %% ../nbs/32_evaluate.ipynb

@@ -45,7 +45,8 @@ def sized(pipe, **given) -> BaseSize: # given: values that are not None come bef
         near = max(1, 8*round((size.frames - 1)/8) + 1)
         raise InputError(f"{size.frames} frames: this base generates 8k+1 frames (1, 9, 17, …); try {near}")
     if size.steps < 1: raise InputError(f"steps {size.steps}: give at least 1")
-    if not 0 <= size.guidance < float("inf"): raise InputError(f"guidance {size.guidance}: give a number from 0")
+    if not 0 <= size.guidance < float("inf"):
+        raise InputError(f"guidance {size.guidance}: give a number from 0")
     return size
 
 # %% ../nbs/22_generate.ipynb

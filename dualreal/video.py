@@ -232,7 +232,7 @@ def _kind(path: Path  # a video file, a GIF or a folder of frames
         return "folder"
     if not path.is_file():
         raise InputError(f"{path} does not exist.")
-    if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes of a name that are no text: readers refuse them
+    if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes that are no text
         raise InputError(f"{ascii(str(path))} has a name that is not UTF-8: rename it.")
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         kinds = ", ".join(VIDEO_SUFFIXES)
