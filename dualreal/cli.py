@@ -233,7 +233,7 @@ def run_generate(args):
         print(f'note: --prompt has no "*": {known}')
     without = not info.get("folded") and _settings(tensors, info, args.adapter)["condition_dim"] is None
     if args.reference and without: # a folded one has its own sentence, below
-        raise InputError("--reference: this adapter has no condition to use it (folded, perhaps); leave it out")
+        raise InputError("--reference: this adapter has no condition to use it (folded?); leave it out")
     pipe = _base_with_adapter(args, tensors, info)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
