@@ -231,10 +231,10 @@ def run_generate(args):
     if "*" in (info.get("subject") or "") and "*" not in args.prompt:
         known = f'the adapter knows its subject as "{info["subject"]}"'
         print(f'note: --prompt has no "*": {known}')
-    without = not info.get("folded") and _settings(tensors, info, args.adapter)["condition_dim"] is None
-    if args.reference and without: # a folded one has its own sentence, below
-        raise InputError("--reference: this adapter has no condition to use it (folded?); leave it out")
-    pipe = _base_with_adapter(args, tensors, info)
+    pipe = _base_with_adapter(args, tensors, info) # which checks the adapter's settings
+    if args.reference and not info.get("folded"): # a folded one has its own sentence, below
+        if _settings(tensors, info, args.adapter)["condition_dim"] is None:
+            raise InputError("--reference: this adapter has no condition to use it (folded?); leave it out")
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     size = sized(pipe, **{**info.get("generation", {}), **given})
     sizes, reference = {k: getattr(size, k) for k in _SIZES}, _reference(args, info, stored)
