@@ -12,6 +12,7 @@ __all__ = ['ALONE', 'Choices', 'keep_uploads', 'what_trains', 'estimate', 'Train
 # %% ../nbs/40_studio.ipynb
 import base64
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -66,9 +67,11 @@ class Choices:
 
 # %% ../nbs/40_studio.ipynb
 def keep_uploads(files,  # `FileUpload.value`: dictionaries with name and content
-                 folder) -> Path:
-    "Write uploaded files into a folder, under their own names."
-    folder = check_writable(folder, "give another folder")
+                 folder) -> Path: # it, or the first of folder-2, folder-3, … that is free
+    "Write uploaded files into a new folder, under their own names: an earlier subject's pictures stay apart."
+    wanted = folder = check_writable(folder, "give another folder")
+    numbers = itertools.count(2)
+    while folder.exists() and any(folder.iterdir()): folder = wanted.with_name(f"{wanted.name}-{next(numbers)}")
     for file in files:
         name = Path(file["name"].replace("\\", "/")).name # a browser may send a path
         with atomic_path(folder/name) as tmp: tmp.write_bytes(bytes(file["content"]))
@@ -132,8 +135,7 @@ def total_steps(choices:Choices) -> int:
 def train_command(choices:Choices, training:Training, resume=False) -> list:
     "The command line of a run."
     flags = dict(identity=choices.identity, motion=choices.motion, out=training.run, base=choices.base,
-                 seed=choices.seed, log=training.steps, samples=2)
-    if choices.memory != "auto": flags["memory"] = choices.memory
+                 seed=choices.seed, log=training.steps, samples=2, memory=choices.memory)
     if choices.steps: flags["steps"] = choices.steps
     if choices.previews: flags["preview-every"] = max(1, total_steps(choices) // (choices.previews + 1))
     for name in ("identity_prompt", "motion_prompt"):
@@ -180,8 +182,10 @@ def progress(training:Training, total:int) -> str: # total: steps of the whole r
         left = (total - rows[-1]["step"]) * pace / 60
         if left <= 0: return "Trained; making the last videos."
         return f"Step {rows[-1]['step']} of {total}, {pace:.2f} s each, about {left:.0f} minutes left."
+    if said := complaint(training.said): return said
     if (training.run/"run.json").exists(): return f"Finished: {find_adapter(training.run)}"
-    return complaint(training.said) or "Not started."
+    if training.note.exists(): return "It ended without a word, so somebody or the system killed it: press Resume."
+    return "Not started."
 
 def complaint(path) -> str: # "" where there is none
     "The sentence with which a command ended."
@@ -211,10 +215,10 @@ class Maker:
         "Put an adapter on its base."
         _, info, reference = read_adapter(adapter)
         if "base" not in info: raise InputError(f"{adapter}: names no base; use dualreal generate --base")
-        key = info["base"], json.dumps(info["config"], sort_keys=True)
+        precision = info.get("training", {}).get("precision")
+        key = info["base"], precision, json.dumps(info["config"], sort_keys=True)
         if key != self.key:
             device = pick_device(self.device)
-            precision = info.get("training", {}).get("precision")
             self.pipe, self.key = load_base(info["base"], device, pick_dtype(device, precision)), key
         load_adapter(self.pipe.transformer, adapter)
         self.pipe.transformer.requires_grad_(False)
@@ -446,6 +450,8 @@ def _started(self:TrainPanel, resume=False):
     "Start or resume the run and watch it."
     choices, training = self.choices(), self.training()
     choices.case()
+    if not resume and (training.run/"config.json").exists():
+        raise InputError(f"run {training.run.name!r} exists: press Resume to continue it, or type another name")
     start(training, train_command(choices, training, resume))
     self.chart.value = self.films.value = ""
     self.watch()
@@ -514,6 +520,7 @@ class AskPanel(Panel):
         folder = self.adapter.value
         records = [] if folder is None else sorted([*folder.glob("*.json"), *folder.glob("samples/*.json")])
         record = next((p for p in records if p.with_suffix(".mp4").exists()), None)
+        self.weights, self.map.value = None, ""
         if record is None: return
         self.weights = (*last_weights(record), self.scale())
         told = json.loads(record.read_text(encoding="utf-8"))
@@ -561,8 +568,9 @@ class ComparePanel(Panel):
         chosen, ask, shown = self.which.value, self.ask, ""
         if not chosen or ask.adapter.value is None: raise InputError("adapters: choose at least one")
         for name in chosen:
-            alone, folder = name == ALONE, adapters(ask.out).get(name, ask.adapter.value)
-            made, fps = ask.make(folder, *ask.asked(), alone)
+            known = adapters(ask.out) | {ALONE: ask.adapter.value} # a checkpoint may have made room for a newer one
+            if name not in known: raise InputError(f"{name}: it is no longer there; choose again")
+            made, fps = ask.make(known[name], *ask.asked(), name == ALONE)
             shown += film(keep_video(ask.out/"videos", made, fps), name)
             self.films.value = shown
         self.news.value = f"<p>{escape(ask.prompt.value)}, seed {ask.seed.value}, dial {ask.dial.value:g}</p>"
