@@ -1,14 +1,19 @@
-# make demo · make test · make test-all · make docs. Each makes .venv first if it is missing.
+# make demo · make test · make test-all · make docs · make bench. Each makes .venv first if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_REQUIRE_VIRTUALENV := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all docs
+.PHONY: demo test test-all docs bench
 
 demo: .venv/installed
 	$(BIN)/dualreal demo
+
+# Records what of the toy benchmark is missing in data/results (all of it: half a day on two cores), then shows its tables.
+bench: .venv/installed
+	$(BIN)/dualreal bench run --workers 2
+	$(BIN)/dualreal bench report
 
 # Two notebooks at a time with one thread each: the figures do not depend on the machine, and two cores suffice.
 test test-all docs: export OMP_NUM_THREADS := 1

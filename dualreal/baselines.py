@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'SWEEPS', 'turns', 'seen', 'bare', 'optimise', 'steps', 'p
 
 # %% ../nbs/32_baselines.ipynb
 import json
+import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -78,11 +79,11 @@ def optimise(run:Run, groups:list, count:int): # groups: of parameters, as `rate
                                  num_warmup_steps=min(c.warmup, count // 5))
 
 def steps(run:Run, count:int, step=train_step, on_step=None): # step: run -> row of the log
-    "`count` steps; stops where the trainer would: at a loss that is not finite, or explodes."
+    "`count` steps; stops at what stops the trainer: a loss that explodes, a gradient that is not finite."
     for _ in range(count):
         row = step(run)
-        if not row["loss"] < EXPLODED: # not: of nan, too
-            raise FloatingPointError(f"loss {row['loss']} at step {row['step']}")
+        if not (row["loss"] < EXPLODED and math.isfinite(row["grad_norm"])): # not: of nan, too
+            raise FloatingPointError(f"loss {row['loss']}, gradient {row['grad_norm']} at step {row['step']}")
         run.log.append(row)
         if on_step is not None: on_step(run, row)
 
@@ -124,20 +125,22 @@ def videos(run:Run, prompts:list, seeds:list, batch:int=5,
     base = replace(run.size, **{k: v for k, v in given.items() if v is not None})
     run.pipe.vae.to(run.accelerator.device)
     scheduler, run.pipe.scheduler = run.pipe.scheduler, trailing(run.pipe.scheduler)
-    cuts, made, weights = range(0, len(prompts), batch), [], []
+    cuts = range(0, len(prompts), batch)
+    made, weights = [], [[] for _ in cuts]
     thrifty, run.pipe.transformer.gradient_checkpointing = run.pipe.transformer.gradient_checkpointing, False
     try:
-        for i in cuts: made.append(_batch_of(run, prompts[i:i+batch], seeds[i:i+batch], weights, base))
+        for i, own in zip(cuts, weights):
+            made.append(_batch_of(run, prompts[i:i+batch], seeds[i:i+batch], own, base))
     finally: run.pipe.scheduler, run.pipe.transformer.gradient_checkpointing = scheduler, thrifty
-    mean = torch.stack(weights).reshape(len(cuts), -1, *weights[0].shape).mean(0) if weights else None
+    mean = torch.cat([torch.stack(w) for w in weights], 1).mean(1) if all(weights) else None
     return np.concatenate(made), mean
 
 def _batch_of(run, prompts, seeds, weights, base):
-    "Videos of one batch in a base's sizes; notes the identity weight of every step."
+    "Videos of one batch in a base's sizes; notes the identity weights (videos, groups) of every step."
     pipe, n = run.pipe, len(prompts)
     adapted = any(isinstance(m, Conductor) for m in pipe.transformer.modules())
     def watch(pipe, step, timestep, tensors): # the prompts' half of both guidance branches comes second
-        if adapted: weights.append(blend_weights(pipe.transformer)[-n:].mean(0).float().cpu())
+        if adapted: weights.append(blend_weights(pipe.transformer)[-n:].float().cpu())
         return {}
     how = dict(num_inference_steps=base.steps, height=base.height, width=base.width,
                guidance_scale=base.guidance, num_frames=base.frames)
@@ -151,6 +154,13 @@ def _batch_of(run, prompts, seeds, weights, base):
     return (np.stack(list(out)) * 255).round().astype(np.uint8)
 
 # %% ../nbs/32_baselines.ipynb
+def _fits(value, hint) -> bool: # value: from JSON
+    "Whether a value is of a field's type."
+    also = {float: (float, int), tuple: (list,)} # how JSON may write it
+    return type(value) in {k for h in get_args(hint) or (hint,) for k in also.get(h, (h,))}
+
+_TRAINER = "memory", "eight_bit", "fp8", "compile" # what `prepare` sets up and `bare` takes away
+
 @dataclass(frozen=True)
 class Method:
     "The base as it is; prompts with the subject's star mean nothing to it."
@@ -158,6 +168,8 @@ class Method:
     settings: dict = field(default_factory=dict)      # of `TrainConfig`
     tuned_as: str | None = None                       # whose learning rate it takes; None: its own
     ignores = "scale", "up_lr_ratio", "controller_lr" # what a base may ask of bottlenecks only
+    unused = (*ignores, "groups", "controller", "gradient_mask", "reference_encoder", "reference_norm",
+              *_TRAINER) # not to be asked for
 
     @property
     def kind_of_rate(self) -> str: # "own": to be searched for, "another's", or "none"
@@ -184,7 +196,7 @@ class Method:
 @dataclass(frozen=True)
 class DualReal(Method):
     "The method itself, and those of its ablations that are a setting."
-    ignores = ()
+    ignores = unused = ()
 
     def train(self, run, on_step=None): steps(run, run.config.steps, on_step=on_step)
 
@@ -194,7 +206,13 @@ class Apart(Method):
     "One-sided bottlenecks, each trained in its own run, both active at inference."
     strengths: tuple = (1., 1.)         # of identity and motion at inference, times their weights
     motion_steps: int | None = None     # None: as many as DualReal draws
-    ignores = ()
+    ignores, unused = (), ("gradient_mask", *_TRAINER)
+
+    def __post_init__(self):
+        if len(self.strengths) != 2 or not all(_fits(s, float) and math.isfinite(s) for s in self.strengths):
+            raise InputError(f"strengths {list(self.strengths)}: give two numbers, of identity and of motion")
+        if self.motion_steps is not None and self.motion_steps < 0:
+            raise InputError(f"motion_steps {self.motion_steps}: give 0 or more")
 
     def counts(self, run):
         "Steps of each run."
@@ -233,7 +251,7 @@ class Apart(Method):
 class Lora(Apart):
     "One LoRA per dimension, trained apart, merged at inference."
     targets: tuple = ("to_q", "to_k", "to_v", "to_out.0")
-    ignores = Method.ignores
+    ignores, unused = Method.ignores, Method.unused
 
     def train(self, run, on_step=None):
         bare(run)
@@ -260,6 +278,8 @@ class Lora(Apart):
 @dataclass(frozen=True)
 class FullFineTune(Method):
     "The base's transformer itself learns both."
+    unused = *Method.unused, "rank"
+
     def train(self, run, on_step=None): self.tune(run, run.config.steps, plain_step, on_step)
 
     def tune(self, run, count, step, on_step):
@@ -285,6 +305,8 @@ def moving_boxes(frames, # uint8 (F, H, W, 3)
     cy, cx = rows @ y, columns @ x
     sy, sx = np.sqrt(rows @ y**2 - cy**2 + 1e-9), np.sqrt(columns @ x**2 - cx**2 + 1e-9)
     boxes = np.stack([cy - 1.7*sy, cx - 1.7*sx, cy + 1.7*sy, cx + 1.7*sx], 1).clip(0, 1)
+    rest = np.repeat(boxes[-1:], max(0, count - len(boxes)), 0) # of a clip that ends early
+    boxes = np.concatenate([boxes, rest])
     return np.stack([part.mean(0) for part in np.array_split(boxes, count)])
 
 # %% ../nbs/32_baselines.ipynb
@@ -320,9 +342,14 @@ class SubjectThenMotion(FullFineTune):
     control: float = 2.          # added to attention scores in the box, taken off outside
     until: float = .6            # share of the timesteps below which control ends
 
+    def __post_init__(self):
+        if self.prior_videos < 1: raise InputError(f"prior_videos {self.prior_videos}: give 1 or more")
+
     def prepare(self, config):
         prompts = [*config.prompts, *_class_prompts(config)]
-        return prepare(replace(config, **self.settings, prompts=prompts), progress=False)
+        run = prepare(replace(config, **self.settings, prompts=prompts), progress=False)
+        for prompt in config.prompts: find_words(run.pipe.tokenizer, prompt, run.words["class_word"])
+        return run
 
     def train(self, run, on_step=None):
         bare(run)
@@ -399,11 +426,7 @@ METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
 
 # %% ../nbs/32_baselines.ipynb
 _OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache", "resume"}
-
-def _fits(value, hint) -> bool: # value: from JSON
-    "Whether a value is of a field's type."
-    also = {float: (float, int), tuple: (list,)} # how JSON may write it
-    return type(value) in {k for h in get_args(hint) or (hint,) for k in also.get(h, (h,))}
+_OF_THE_RUN = {"samples", "save_every", "keep", "preview_every", "trackers"} # change no result
 
 def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
     "The method of a name; changes are fields of the method or settings of `TrainConfig`."
@@ -412,7 +435,8 @@ def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
     method = METHODS[name]
     fixed = {"title", "settings", "tuned_as"}
     own = {k: t for k, t in get_type_hints(type(method)).items() if k not in fixed}
-    known = {k: t for k, t in get_type_hints(TrainConfig).items() if k not in _OF_THE_CASE} | own
+    no = _OF_THE_CASE | _OF_THE_RUN | set(method.unused)
+    known = {k: t for k, t in get_type_hints(TrainConfig).items() if k not in no} | own
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or key not in known:

@@ -35,13 +35,13 @@ from . import metrics
 from .backbone import BaseSize, asset, base_size, find_base
 from .baselines import DualReal, find_method, seen
 from .core import InputError, content_hash, environment, pick_device, write_json
-from .data import identity_files, load_case, motion_files
+from .data import first_frame, identity_files, load_case, motion_files
 from .encode import cache_folder
 from .evaluate import References, Results, encoder_names, score_frames
 from .metrics import METRICS, bootstrap, macro_average
-from .toyworld import HELD_OUT_SUBJECTS, write_case
+from .toyworld import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS, write_case
 from .trainer import PUBLISHED, TrainConfig, joint_prompt
-from .video import read_image, write_video
+from .video import write_video
 
 # %% ../nbs/33_benchmark.ipynb
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def _rate(lr): return isinstance(lr, (int, float)) and 0 < lr < math.inf
 
 def _wrong(b) -> str|None:
     "The first setting that no benchmark can have."
+    for key in ("cases", "search", "prompts", "seeds", "lrs", "objective"):
+        if not isinstance(getattr(b, key), (list, tuple)): return f"{key}: give a list"
     for key in ("cases", "search"):
         if not all(isinstance(c, dict) and {"subject", "motion"} <= c.keys() for c in getattr(b, key)):
             return f"{key}: give a list of {{subject, motion}}"
@@ -132,9 +134,10 @@ FORMAT = 1 # of a result; a change in what scores mean is a new number
 
 @lru_cache
 def fingerprint(folder:Path) -> str:
-    "Of a folder: names, sizes and both ends of its files; a base's note of sizes is read instead."
-    parts = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "dualreal.json"):
+    "Of a folder: names, sizes and both ends of its files; not of hidden ones, nor of a base's note of sizes."
+    hidden = lambda p: any(name.startswith(".") for name in p.relative_to(folder).parts) # a download dates them
+    files, parts = [p for p in folder.rglob("*") if p.is_file() and not hidden(p)], []
+    for path in sorted(p for p in files if p.name != "dualreal.json"):
         with open(path, "rb") as f:
             head, _ = f.read(2**16), f.seek(max(0, path.stat().st_size - 2**16))
             parts += [path.relative_to(folder).as_posix(), path.stat().st_size, head, f.read()]
@@ -284,7 +287,7 @@ class Metrics:
     "The seven metrics against the case's pictures and clips; null with a reason where one is undefined."
     def __init__(self, case, info, which): # case: `Case`; info: dict(subject=, motion=)
         self.nets, kept = _encoders(which), Results(cache_folder()/"evaluate")
-        pictures = [read_image(i.path) for i in case.identity]
+        pictures = [first_frame(i) for i in case.identity] # of the published layout, some are videos
         self.references = References(pictures, [i.path for i in case.motion], kept)
         self.encoders = encoder_names(self.nets)
 
@@ -295,7 +298,13 @@ class Metrics:
 # %% ../nbs/33_benchmark.ipynb
 class ToyTruth(Metrics):
     "The seven metrics with the toy networks, and the truth: identity, palette, pattern, kind, motion."
-    def __init__(self, case, info): super().__init__(case, info, "toy"); self.info = info
+    def __init__(self, case, info): # its truth is known for what toyworld holds out
+        for part, known in (("subject", HELD_OUT_SUBJECTS), ("motion", HELD_OUT_MOTIONS)):
+            if info[part] not in known:
+                raise InputError(f"scorer 'toy' knows no {part} {info[part]!r}: for your own pictures and "
+                                 "clips, give \"scorer\": \"published\" in the benchmark's file")
+        super().__init__(case, info, "toy")
+        self.info = info
 
     def __call__(self, frames, fps, prompt):
         from dualreal.toytruth import identity_scores, motion_score, read, read_tracks
@@ -401,7 +410,7 @@ def run_job(job:Job, out, work=compute) -> str: # "done", "there", "claimed"; wo
 def run_jobs(jobs:list, out, workers:int=1, ray:str=None, # address of a cluster, or "local"
              progress=True, work=compute
             ) -> dict: # "done": count, "claimed": by another process, "failed": {path: sentence}
-    "Do all jobs whose results are missing."
+    "Do all jobs whose results are missing; `InputError` where the very first hears one."
     if workers < 1: raise InputError(f"workers {workers}: give 1 or more")
     for scorer in {j.bench.scorer for j in jobs} - SCORERS.keys():
         raise InputError(f"scorer {scorer!r} is none of {', '.join(SCORERS)}")
@@ -411,27 +420,28 @@ def run_jobs(jobs:list, out, workers:int=1, ray:str=None, # address of a cluster
     with (tqdm(total=len(missing), desc="benchmark", disable=not progress) as bar,
           closing(how(missing, Path(out), work=work)) as ended):
         for job, end, error in ended:
+            if isinstance(error, InputError) and not ends and not failed: raise error # all may hear the same
             if error is None: ends[end] += 1
-            else: failed[str(job.path(out))] = error
+            else: failed[str(job.path(out))] = _said(error)
             bar.update()
     return dict(done=ends["done"], claimed=ends["claimed"], failed=failed)
 
-def _said(e): return f"{type(e).__name__}: {e}"
+def _said(e): return str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
 
 def _serial(jobs, out, work):
     for job in jobs:
-        try: end = run_job(job, out, work)
-        except InputError: raise
-        except Exception as e: yield job, None, _said(e)
-        else: yield job, end, None
+        try: end, error = run_job(job, out, work), None
+        except Exception as e: end, error = None, e
+        yield job, end, error
 
 # %% ../nbs/33_benchmark.ipynb
 def _worker():
     "One thread for numbers, and one that ends this process when the process that started it is gone."
-    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches all; who started this process ends it
+    import cv2
     import torch
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     def follow():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -472,8 +482,7 @@ def _pool(jobs, out, workers, work):
         futures = {threads.submit(processes.do, run_job, job, out, work): job for job in jobs}
         for future in as_completed(futures):
             error = future.exception()
-            if isinstance(error, InputError): raise error # the others would hear the same
-            yield futures[future], None if error else future.result(), error and _said(error)
+            yield futures[future], None if error else future.result(), error
         for pool in processes.pools: pool.shutdown()
     except BaseException: # Ctrl-C, or whoever asked asks no more
         processes.stop()
@@ -484,8 +493,7 @@ def _pool(jobs, out, workers, work):
 def _cluster(address):
     try:
         import ray
-        ray.init(address=None if address == "local" else address, ignore_reinit_error=True,
-                 log_to_driver=False)
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False) # "local": one of its own
     except ImportError as e: raise InputError("--ray needs Ray: pip install 'dualreal[ray]'") from e
     except (ValueError, ConnectionError) as e: raise InputError(f"--ray {address}: {e}") from e
     return ray
@@ -498,7 +506,7 @@ def _ray(jobs, out, address, work):
     "Yields (job, how it ended, error); records come back to this process, which claims and saves."
     ray = _cluster(address)
     gpus = int("GPU" in ray.cluster_resources())
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(work)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(work)
     todo, given = deque(jobs), {}
     try:
         while todo or given:
@@ -515,15 +523,12 @@ def _brought(ray, given, out):
     (ready, *_), _ = ray.wait(list(given))
     job, lock = given.pop(ready)
     try: save(job, out, ray.get(ready))
-    except Exception as e:
-        cause = getattr(e, "cause", None) or e # Ray wraps it in the worker's traceback
-        if isinstance(cause, InputError): raise cause from e
-        return job, None, _said(cause)
+    except Exception as e: return job, None, getattr(e, "cause", None) or e # Ray wraps it in a traceback
     finally: lock.release()
     return job, "done", None
 
 def status(jobs:list, out) -> dict: # methods -> name -> done, diverged, missing; other -> a number
-    "What is there, what is missing, and how many results belong to other configurations."
+    "What is there, what is missing, and how many other results these methods have."
     table, wanted = {}, {j.path(out) for j in jobs}
     for job in jobs:
         row, path = table.setdefault(job.method, dict(done=0, diverged=0, missing=0)), job.path(out)
@@ -539,6 +544,9 @@ def search_lr(bench:Bench, out, methods=None, lrs=None, **how) -> dict: # how: o
     specs = [s for name in methods or bench.tables for s in bench.tables.get(name, [name])]
     own = [spec for spec in dict.fromkeys(specs) if find_method(spec).kind_of_rate == "own"]
     grids = {spec: sorted(lrs or bench.lrs) for spec in own}
+    for key in ("search", "objective"):
+        if not getattr(bench, key): raise InputError(f"{bench.name}: its {key} is empty: nothing to search on")
+    if not (lrs or bench.lrs): raise InputError(f"{bench.name}: names no lrs: give some with --lrs")
     if not all(_rate(lr) for grid in grids.values() for lr in grid):
         raise InputError(f"lrs {lrs}: give positive numbers")
     for _ in range(3):
@@ -579,19 +587,24 @@ def _scored(bench, out, jobs):
                 settings=content_hash(dict(jobs[0].settings, lr=None)))
 
 def _keep(bench, out, found):
-    "Merge into the file what was scored; locked, so that of two searches neither loses anything."
+    "Merge into the file what was scored; locked, so that two searches at once lose nothing."
     with _lock(out, f"{bench.name}-learning_rates"):
         rates(bench, out) # `InputError` for a file that is not ours
         stored = _searched(path := rates_file(bench, out))
-        stored |= {spec: _best(spec, stored.get(spec), new) for spec, new in found.items()}
+        for spec, new in found.items():
+            if (old := stored.get(spec)) and not _alike(old, new):
+                print(f"{spec}: the rate {old['lr']:g} of a search under other conditions gives way")
+            stored[spec] = _best(spec, old, new)
         write_json(path, stored)
     return stored
 
+def _alike(old, new): # old: an entry of the file, which may lack settings
+    "Whether two searches asked the same."
+    return all(old.get(k, v if k == "settings" else None) == v for k, v in new.items() if k != "tried")
+
 def _best(spec, old, new):
     "The rate of the highest mean; what was tried before counts if the same was asked."
-    alike = {k: v for k, v in new.items() if k != "tried"}
-    same = old and all(old.get(k, v if k == "settings" else None) == v for k, v in alike.items())
-    tried = {**(old["tried"] if same else {}), **new["tried"]}
+    tried = {**(old["tried"] if old and _alike(old, new) else {}), **new["tried"]}
     held = {float(lr): m for lr, m in tried.items() if m is not None}
     if not held: raise RuntimeError(f"{spec}: all of {', '.join(tried)} diverged: try smaller --lrs")
     return dict(new, tried=tried, lr=max(sorted(held), key=held.get))
@@ -624,9 +637,11 @@ def by_case(results:list, # of `read_results`
 
 def table_of(results:list) -> dict: # method -> column -> dict(mean=, low=, high=, n=)
     "Means with intervals, as many cases as there are."
-    table = {r["method"]: {} for r in results}
-    for column in (*METRICS, *TRUTH):
-        for method, cases in by_case(results, column).items(): table[method][column] = macro_average(cases)
+    table, plain = {r["method"]: {} for r in results}, "dynamic_degree_deviation"
+    for column in (*METRICS, f"{plain}_resized", *TRUTH):
+        found = by_case(results, column)
+        if column == f"{plain}_resized" and found == by_case(results, plain): continue # none was resized
+        for method, cases in found.items(): table[method][column] = macro_average(cases)
     return table
 
 # %% ../nbs/33_benchmark.ipynb
@@ -685,9 +700,10 @@ def machines(results:list) -> str: # a phrase
 
 def missing_note(bench, table, found, count) -> str: # a sentence
     "What is recorded and took how long, which command records the rest, and how long that will take."
-    long = [_hours(r) for r in found if r.get("seconds")]
+    timed = [r for r in found if r.get("seconds")]
+    long, one = [_hours(r) for r in timed], _of_one(timed)
     said = f"{len(found)} of {count} results are recorded"
-    if long: said += f" ({sum(long):.1f} hours of one core)"
+    if long: said += f" ({sum(long):.1f} hours of {one})"
     if len(found) == count: return f"{said}."
     usual = load_bench(bench.name)
     own = {k: v for k in ("base", "steps", "videos", "data") if (v := getattr(bench, k)) != getattr(usual, k)}
@@ -698,16 +714,22 @@ def missing_note(bench, table, found, count) -> str: # a sentence
     command = " ".join(f"--{k} {v}" for k, v in flags.items())
     each = float(np.mean(long)) if long else bench.minutes and bench.minutes / 60
     hours = "unknown, none was measured" if each is None else f"{each * (count - len(found)):.1f} hours"
-    return f"{said}; `dualreal bench run {command}` records the others (one core: {hours}; or RUN = True)."
+    return f"{said}; `dualreal bench run {command}` records the others ({one}: {hours}; or RUN = True)."
 
-def _hours(record): return sum(record["seconds"].values()) / 3600
+def _hours(record): # of one core; of one GPU where there was one
+    e = record["environment"]
+    return sum(record["seconds"].values()) / 3600 * (1 if e["gpu"] else e.get("threads", 1))
+
+def _of_one(records):
+    return "one GPU" if records and all(r["environment"]["gpu"] for r in records) else "one core"
 
 def spent(bench, out=None) -> str: # a sentence
     "How many results a benchmark has in all, of any setting, and what they cost."
     folder = Path(out or data_folder()/"results")/bench.name
     there = [_read(p) for p in folder.glob("*/[!.]*.json")]
-    hours = sum(_hours(r) for r in there if r.get("seconds"))
-    return f"{len(there)} results of {bench.name} are recorded in all: {hours:.1f} hours of one core."
+    timed = [r for r in there if r.get("seconds")]
+    hours = sum(map(_hours, timed))
+    return f"{len(there)} results of {bench.name} are recorded in all: {hours:.1f} hours of {_of_one(timed)}."
 
 def differs(bench, cases:int=None # of the paper's table; None: as the published benchmark has
            ) -> str: # sentences

@@ -23,11 +23,13 @@ from .video import read_video, resize_crop, write_video
 
 # %% ../nbs/36_card.ipynb
 def code(text) -> str:
-    "A text as inline code of Markdown, whatever is in it; also inside a table."
-    text = " ".join(str(text).split()).replace("|", "\\|")
+    "A text as inline code of Markdown, whatever is in it."
+    text = " ".join(str(text).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     edge = " " if text[:1] == "`" or text[-1:] == "`" else ""
     return f"{fence}{edge}{text}{edge}{fence}" if text else "–"
+
+def _cell(text): return text.replace("|", "\\|") # of a table, where even code ends at a bar
 
 def literal(text) -> str:
     "A text as it stands between other words, or as the alternative text of a picture."
@@ -112,7 +114,7 @@ def facts_section(tensors:dict, info:dict) -> str:
     words = {"the subject's caption": info.get("subject"), "the motion's caption": info.get("motion"),
              "base": shown_base(info)[0], "steps done": info.get("steps_done")}
     rows = [(k, v) for k, v in {**words, **config, **training}.items() if v is not None]
-    lines = "\n".join(f"| {literal(k.replace('_', ' '))} | {code(v)} |" for k, v in rows)
+    lines = "\n".join(f"| {literal(k.replace('_', ' '))} | {_cell(code(v))} |" for k, v in rows)
     return f"## Words and settings\n\n| | |\n| --- | --- |\n{lines}\n"
 
 # %% ../nbs/36_card.ipynb

@@ -620,7 +620,9 @@ def _bench_run(ended, count):
 def _bench_status(found):
     for method, row in found["methods"].items():
         print(f"{method:24}", "  ".join(f"{n} {what}" for what, n in row.items() if n))
-    if found["other"]: print(f"{found['other']} results of other configurations are kept and not counted")
+    if found["other"]:
+        print(f"{found['other']} other results of these methods are kept and not counted: of other cases, seeds or "
+              "settings, or of a search")
 
 def _bench_data(args):
     from dualreal.benchmark import completeness

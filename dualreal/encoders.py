@@ -7,6 +7,7 @@ __all__ = ['PUBLISHED', 'Clip', 'Dino', 'DisFlow', 'RaftFlow', 'WarpMidpoint', '
            'fetch', 'load_encoders']
 
 # %% ../nbs/31_encoders.ipynb
+import json
 import os
 import urllib.error
 import urllib.request
@@ -174,14 +175,30 @@ PUBLISHED = dict( # name, file in a local folder of weights, megabytes, where it
 # %% ../nbs/31_encoders.ipynb
 def _load(key, source:Path, name, device):
     try: return _opened(key, source, name, device)
-    except (MemoryError, torch.OutOfMemoryError): raise
+    except (MemoryError, torch.OutOfMemoryError, InputError): raise
     except Exception as e: # a damaged file fails in many ways
         raise InputError(f"{source} cannot be read as {name} ({type(e).__name__}): fetch it again") from e
+
+def _as_published(dino, note:Path) -> bool: # False: there is no note
+    "`InputError` where the network's own note asks for another preprocessing than `Dino` does."
+    if not note.exists(): return False
+    asked, side = json.loads(note.read_text(encoding="utf-8")), dino.side
+    size = asked.get("size", side)
+    ours = dict(size=[side, side], resample=2, # bilinear
+                image_mean=dino.mean.flatten().tolist(), image_std=dino.std.flatten().tolist())
+    theirs = asked | dict(size=[size["height"], size["width"]] if isinstance(size, dict) else [size, size])
+    for key, value in ours.items():
+        if not np.allclose(theirs.get(key, value), value):
+            defined = np.round(value, 3).tolist()
+            raise InputError(f"{note}: {key} {theirs[key]}, but DINO-I is defined with {defined}")
+    return True
 
 def _opened(key, source, name, device):
     if key == "dino_i":
         from transformers import ViTModel
-        return Dino(ViTModel.from_pretrained(source, add_pooling_layer=False), name, device=device)
+        dino = Dino(ViTModel.from_pretrained(source, add_pooling_layer=False), name, device=device)
+        if not _as_published(dino, source/"preprocessor_config.json"): dino.name += ", preprocessing assumed"
+        return dino
     if key == "flow":
         from torchvision.models.optical_flow import raft_large
         model = raft_large(weights=None)
@@ -233,12 +250,13 @@ def _from_hub(get, offline):
     repo, *file = get.split()[2:]
     try:
         if file: return Path(hf_hub_download(repo, file[0], local_files_only=offline))
-        wanted = ["config.json", "model.safetensors", "pytorch_model.bin"]
-        folder = Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=offline))
+        wanted = ["model.safetensors", "pytorch_model.bin"]
+        facts = ["config.json", "preprocessor_config.json"]
+        folder = Path(snapshot_download(repo, allow_patterns=wanted + facts, local_files_only=offline))
     except LocalEntryNotFoundError:
         if offline: return None
         raise
-    return folder if any((folder / w).exists() for w in wanted[1:]) else None
+    return folder if any((folder / w).exists() for w in wanted) else None
 
 def _from_url(url, offline):
     "A file of torch's hub cache."

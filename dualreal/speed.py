@@ -194,7 +194,7 @@ def base_step(transformer, given:dict, micro:int=1):
 
 # %% ../nbs/35_speed.ipynb
 def seconds(run, device="cpu") -> float:
-    "Processor seconds of a call, all threads together; on a GPU the device's seconds."
+    "Processor seconds of a call, all threads together; on a GPU seconds until the device has done all."
     if torch.device(device).type != "cuda":
         start = time.process_time()
         run()
@@ -427,7 +427,7 @@ CARDS = (24, False), ("auto", False), (16, False), (12, False), ("auto", True) #
 def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=CARDS, rounds=3,
                only=() # names of rows; none: all
               ) -> dict:
-    "Measure the GPU rows, the most telling first; each is written at once, in place of one of its name."
+    "Measure the GPU rows, the most telling first; each is written at once, and a failure replaces no number."
     path, start = Path(path), dict(shapes=asdict(shapes), rows={})
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else start
     if record["shapes"] != start["shapes"]:
@@ -443,7 +443,8 @@ def record_gpu(path="data/results/speed/gpu.json", shapes=FIVE_B, cards=CARDS, r
         row = dict(rounds=rounds, environment=environment(), attention=attention_backends())
         try: run(row)
         except RuntimeError as e: row["failed"] = f"{type(e).__name__}: {e}"[:400] # out of memory, for one
-        record["rows"][name] = row
+        good = name in record["rows"] and "failed" not in record["rows"][name]
+        record["rows"][f"{name}, again" if good and "failed" in row else name] = row
         write_json(path, record)
         _emptied()
     for name, (memory, compiled) in named.items():

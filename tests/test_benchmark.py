@@ -76,6 +76,16 @@ def made(job):
     return dict(rows=[dict(temporal_flickering=v) for v in (value, value + 1)], settings=job.settings, fps=8)
 
 
+def mistaken(job): raise InputError("a damaged picture")
+
+
+def partly(job):
+    "One method of three hears of wrong input, late."
+    if job.method != "lora": return made(job)
+    time.sleep(2)
+    raise InputError("a damaged picture")
+
+
 def filmed(job):
     "A result with a video."
     return made(job) | dict(kept=[np.zeros((9, 32, 32, 3), np.uint8)])
@@ -555,6 +565,29 @@ def test_bad_input(home, tmp_path):
     assert main(["bench", "data"]) == 2
     with pytest.raises(InputError, match="scorer 'mine' is none of toy, published, pixels"):
         run_jobs(jobs_of(load_bench(str(home / "tiny.json"), scorer="mine"), tmp_path), tmp_path)
+    for what in ("search", "objective", "lrs"):
+        with pytest.raises(InputError, match=what):
+            search_lr(load_bench(str(home / "tiny.json"), **{what: ()}), tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_bad_case_costs_itself_only(bench, tmp_path, workers):
+    "But where the first to end hears of wrong input, all do."
+    jobs = jobs_of(bench, tmp_path)
+    with pytest.raises(InputError, match="^a damaged picture$"):
+        run_jobs(jobs, tmp_path, workers, progress=False, work=mistaken)
+    ended = run_jobs(jobs, tmp_path, workers, progress=False, work=partly)
+    assert ended["done"] == 4 and set(ended["failed"].values()) == {"a damaged picture"}
+
+
+def test_scorers_of_a_users_case(tmp_path, monkeypatch):
+    "A subject may be a video, as some of the published ones; the toy's truth knows its own only, and says so."
+    write_case(tmp_path, "teal_cat", "swinging", images=2, clips=2)
+    (tmp_path / "dog6/videos").mkdir(parents=True)
+    shutil.copy(next((tmp_path / "motion").rglob("*.mp4")), tmp_path / "dog6/videos")
+    case, info = load_case(tmp_path / "dog6", tmp_path / "motion", "dog *"), dict(subject="dog6", motion="swinging")
+    assert SCORERS["published"].func(case, info, "toy").references.images
+    with pytest.raises(InputError, match="knows no subject 'dog6'"): SCORERS["toy"](case, info)
 
 
 def test_toy_scores_of_the_truth(tmp_path):
@@ -602,6 +635,10 @@ def test_pictures_of_the_published_benchmark_are_the_users(home, bench, tmp_path
     shutil.copytree(tmp_path / "case", tmp_path / "copy")
     key = lambda folder: jobs_of(replace(alien, data=str(tmp_path / folder)), tmp_path, ["base"])[0].key
     assert key("case") == (before := key("copy"))
+    (tmp_path / "copy/dog6/.cache").mkdir()
+    (tmp_path / "copy/dog6/.cache/a.metadata").write_text("when it was fetched")
+    fingerprint.cache_clear()
+    assert key("copy") == before
     next((tmp_path / "copy/dog6").rglob("*.png")).unlink()
     fingerprint.cache_clear()
     assert key("copy") != before

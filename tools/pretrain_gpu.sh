@@ -24,7 +24,7 @@ recipe 01 "" & VAE=$!
 DUALREAL_DRAW=0 recipe 02 -draws
 (DUALREAL_DRAW=1 recipe 02 -draws-names; DUALREAL_WAIT=$VAE recipe 02 "") & TRANSFORMER=$!
 recipe 03 "" & CLIP=$!
-for job in $VAE $TRANSFORMER $CLIP; do wait $job; done # the first that failed ends this
+for job in $VAE $TRANSFORMER $CLIP; do wait $job; done # in this order, the first that failed ends this
 recipe 04 ""
 cat << END
 toy-base, toy-clip and toy-dino are in $WORK.
