@@ -176,6 +176,11 @@ class ReferenceEncoder:
         self.visual, self.transform = visual.to(device).eval(), transform
         self.name, self.device, self.dim = name, device, visual.output_dim
 
+    def to(self, device):
+        "Move it; returns itself."
+        self.visual, self.device = self.visual.to(device), device
+        return self
+
     @torch.no_grad()
     def encode(self,
                images:list, # of uint8 (H, W, 3)

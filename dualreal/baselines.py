@@ -39,7 +39,7 @@ from .encode import Encoded, encode_frames
 from .generate import trailing
 from .objective import velocity_loss
 from .switch import TrainingSwitch
-from .tuner import Conductor, DualRealConfig, blend_weights
+from .tuner import DualRealConfig, active, blend_weights
 from .tuner import reference as given_reference
 from .video import read_video
 
@@ -138,7 +138,7 @@ def videos(run:Run, prompts:list, seeds:list, batch:int=5,
 def _batch_of(run, prompts, seeds, weights, base):
     "Videos of one batch in a base's sizes; notes the identity weights (videos, groups) of every step."
     pipe, n = run.pipe, len(prompts)
-    adapted = any(isinstance(m, Conductor) for m in pipe.transformer.modules())
+    adapted = active(pipe.transformer)
     def watch(pipe, step, timestep, tensors): # the prompts' half of both guidance branches comes second
         if adapted: weights.append(blend_weights(pipe.transformer)[-n:].float().cpu())
         return {}

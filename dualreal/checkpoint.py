@@ -64,7 +64,7 @@ def adapter_tensors(transformer, adapter_name="default") -> dict:
 def published_state(transformer,             # with a DualReal adapter
                     adapter_name="default",  # which
                     gradients=False):        # the gradients instead (parameters without one are left out)
-    "A dictionary of copies on the CPU under the published names."
+    "Copies on the CPU under the published names; a total other than 0.2 is not among them (`with_scale`)."
     tensors = adapter_tensors(transformer, adapter_name)
     if gradients: tensors = {k: p.grad for k, p in tensors.items() if p.grad is not None}
     return {k: p.detach().to("cpu", copy=True) for k, p in tensors.items()}
@@ -78,7 +78,7 @@ def with_scale(tensors:dict, # published names
                scale:float   # total of the two weights
               ) -> dict:
     "The tensors of a *.pth: one more where the total is not the published 0.2."
-    return tensors if scale == .2 else {**tensors, SCALE: torch.tensor(float(scale))}
+    return tensors if scale == .2 else {**tensors, SCALE: torch.tensor(scale, dtype=torch.float64)}
 
 def inferred_config(tensors, # name -> tensor, published names
                     **known) -> DualRealConfig: # values that override what is inferred
@@ -86,6 +86,8 @@ def inferred_config(tensors, # name -> tensor, published names
     def shape(pattern): return next((t.shape for k, t in tensors.items() if re.search(pattern, k)), None)
     down, condition = shape(r"_adapter\.down_linear\.weight$"), shape(r"_adapter\.condition_linear\.weight$")
     if down is None: raise InputError("no …_adapter.down_linear.weight: this is not a DualReal adapter")
+    for name, size in (("down_linear", down), ("condition_linear", condition)):
+        if size and len(size) != 2: raise InputError(f"{name}.weight has {len(size)} dimensions, not 2")
     head = shape(r"^controller\.fusion_net\.3\.weight$")
     found = dict(rank=down[0], condition_dim=condition and condition[1], controller=head is not None,
                  identity=shape(r"\.id_(attn|ff)_adapter\.") is not None,
@@ -94,7 +96,7 @@ def inferred_config(tensors, # name -> tensor, published names
     if SCALE in tensors:
         count = tensors[SCALE].numel()
         if count != 1: raise InputError(f"{SCALE} has {count} numbers, not one")
-        found["scale"] = round(tensors[SCALE].item(), 6)
+        found["scale"] = tensors[SCALE].item()
     return DualRealConfig(**{**found, **known})
 
 # %% ../nbs/20_checkpoint.ipynb
@@ -131,7 +133,7 @@ def _check_base(transformer, tensors, info, source):
     down = next((t for k, t in tensors.items() if k.endswith("_adapter.down_linear.weight")), None)
     if down is None: raise InputError(f"{source}: holds no bottlenecks: this is not a DualReal adapter")
     blocks = {int(m[1]) for k in tensors if (m := re.match(r"transformer_blocks\.(\d+)\.", k))}
-    theirs = info.get("transformer") or {"blocks": max(blocks, default=-1) + 1, "width": down.shape[1]}
+    theirs = info.get("transformer") or {"blocks": max(blocks, default=-1) + 1, "width": down.shape[-1]}
     ours, base = shape_of(transformer), f" ({info['base']})" if info.get("base") else ""
     wrong = ", ".join(f"{k} {v} (here {ours.get(k)})" for k, v in theirs.items() if v != ours.get(k))
     if wrong: raise InputError(f"{source}: made for another base{base}: {wrong}; load it with that one")
@@ -360,7 +362,7 @@ class StopRequest:
 
     def __call__(self, number, frame):
         if self.number and number == signal.SIGINT and time.monotonic() > self.at + 1: raise KeyboardInterrupt
-        if not self.number: os.write(2, b"\nfinishing this step, then saving (again: stop at once)\n")
+        if not self.number: os.write(2, b"\nfinishing this step, then saving (Ctrl-C again: stop at once)\n")
         self.number, self.at = self.number or number, self.at or time.monotonic()
 
     def __enter__(self):

@@ -78,7 +78,7 @@ _FLAGS = dict(
     identity_prompt=(str, 'one caption for all images, e.g. "dog *"'),
     motion_prompt=(str, 'one caption for all clips, e.g. "a person is playing guitar"'),
     steps=(int, "optimisation steps"), seed=(int, "of everything random (default: 42)"),
-    save_every=(int, "steps between checkpoints (default: 100; 0: only when stopped)"),
+    save_every=(int, "steps between checkpoints (default: 100; 0: the last one only)"),
     keep=(int, "newest checkpoints that stay (default: 3)"),
     trackers=(str, "tensorboard, wandb, or none (default: tensorboard, where it is installed)"),
     preview_every=(int, "steps between preview videos (default: none)"),

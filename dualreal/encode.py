@@ -4,13 +4,13 @@
 
 # %% auto 0
 __all__ = ['Encoded', 'EncodedCase', 'fingerprint', 'check_writable', 'cache_folder', 'Cache', 'check_prompt', 'encode_prompt',
-           'encode_frames', 'decode_latents', 'tile', 'encode_case', 'release']
+           'encode_frames', 'tile', 'encode_case', 'release']
 
 # %% ../nbs/21_encode.ipynb
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .core import InputError, atomic_path, content_hash
 from .data import Case, Item, first_frame, read_item
+from .video import frame_files
 
 # %% ../nbs/21_encode.ipynb
 @dataclass
@@ -31,17 +32,13 @@ class Encoded:
     std: torch.Tensor                # same shape
     text: torch.Tensor               # (T, D)
     reference: torch.Tensor | None   # (E,): of the first frame; None without a reference encoder
+    source: str = ""                 # a hash of caption and files: the same on every machine, which latents are not
 
     def sample(self,
                factor:float,                 # the VAE's scaling factor
                generator:torch.Generator):   # on the CPU
         "Latents (F, C, h, w) drawn from the distribution, scaled."
         return (self.mean + self.std * torch.randn(self.mean.shape, generator=generator)) * factor
-
-    @property
-    def content(self) -> str:
-        "A hash of what is learnt from: another picture, clip or caption has another one."
-        return content_hash(self.prompt, self.mean)
 
 @dataclass
 class EncodedCase:
@@ -87,7 +84,7 @@ def cache_folder(path=None) -> Path: # default: $DUALREAL_CACHE, else ~/.cache/d
 class Cache:
     "Dictionaries of tensors on disk, by content."
     folder: Path
-    hits: int = field(default=0)
+    hits: int = 0
 
     def get(self, key:str, make:Callable[[], dict]) -> dict: # key: from `content_hash`
         "The stored entry, or the result of `make()`, stored."
@@ -120,16 +117,9 @@ def encode_prompt(pipe, prompt:str, max_tokens:int):
 @torch.no_grad()
 def encode_frames(vae, frames): # uint8 (F, H, W, 3), F = 4k+1
     "Mean and standard deviation of the latents, each (F', C, h, w), fp32 on the CPU."
-    x = torch.from_numpy(frames).to(vae.device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
-    distribution = vae.encode(x).latent_dist
+    x = torch.from_numpy(frames).to(vae.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    distribution = vae.encode(x.to(vae.dtype)).latent_dist # half precision rounds once, at the end
     return tuple(t[0].transpose(0, 1).float().cpu() for t in (distribution.mean, distribution.std))
-
-@torch.no_grad()
-def decode_latents(vae, latents): # scaled latents (F', C, h, w)
-    "Frames, uint8 (F, H, W, 3); as many as were encoded only at F = 8k+1."
-    z = latents.to(vae.device, vae.dtype).transpose(0, 1)[None] / vae.config.scaling_factor
-    x = vae.decode(z).sample[0].float().clamp(-1, 1)
-    return ((x + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 # %% ../nbs/21_encode.ipynb
 def tile(pipe, height:int, width:int):
@@ -156,20 +146,22 @@ class _Work:
         if self.encoder: # its preprocessing ends with a normalisation
             scaling = str(self.encoder.transform.transforms[-1])
             self.seen[1] = [fingerprint(self.encoder.visual), scaling, self.norm]
-        self.read = fingerprint(self.pipe.text_encoder)
+        self.reader = fingerprint(self.pipe.text_encoder)
 
-    def encode(self, item:Item) -> Encoded:
-        visual = self.cache.get(self.visual_key(item), lambda: self.visual(item))
-        text_key = content_hash("text", item.prompt, self.max_tokens, self.read)
-        text = self.cache.get(text_key, lambda: dict(text=self.text(item.prompt)))
-        return Encoded(str(item.path), item.prompt, **{"reference": None, **visual, **text})
+    def read(self, prompt): # (T, D)
+        key = content_hash("text", prompt, self.max_tokens, self.reader)
+        return self.cache.get(key, lambda: dict(text=self.text(prompt)))["text"]
 
-    def visual_key(self, item):
-        files = sorted(p for p in item.path.iterdir() if p.is_file()) if item.path.is_dir() else [item.path]
-        how = (self.fps if item.kind == "video" else None, self.fit)
-        how = () if how == (None, "crop") else how # the default's entries stay what they were
-        size = (self.height, self.width, self.frames)
-        return content_hash("visual 2", item.kind, *size, *how, *self.seen, *files)
+    def encode(self, item:Item, text) -> Encoded: # text: of its prompt
+        files = frame_files(item.path) if item.path.is_dir() else [item.path] # in the order in which they are read
+        visual = self.cache.get(self.visual_key(item, files), lambda: self.visual(item))
+        return Encoded(str(item.path), item.prompt, text=text, source=content_hash(item.prompt, item.kind, *files),
+                       **{"reference": None, **visual})
+
+    def visual_key(self, item, files):
+        how = self.fps if item.kind == "video" else None, self.fit
+        size = self.height, self.width, self.frames
+        return content_hash("visual 3", item.kind, *size, *how, *self.seen, *files)
 
     def visual(self, item):
         frames = read_item(item, self.height, self.width, self.frames, self.fps, self.fit)
@@ -190,15 +182,21 @@ def encode_case(pipe,                  # with VAE, tokenizer and text encoder
                 cache=None,            # folder; default `cache_folder()`
                 progress=True,         # a bar, on a terminal
                 fps:float=None,        # take clips' frames at this rate
-                fit:str="crop") -> EncodedCase: # or "pad"
+                fit:str="crop",        # or "pad"
+                device=None) -> EncodedCase: # where the encoders come in turns; None: where they are
     "Encode every item of a case through the cache; `InputError` names an item that cannot be used."
     items, cache = case.identity + case.motion, Cache(cache_folder(cache))
     for prompt in {i.prompt for i in items}: check_prompt(pipe.tokenizer, prompt, max_tokens)
     work = _Work(pipe, height, width, frames, max_tokens, encoder, norm, cache, fps, fit)
     tile(pipe, height, width)
+    if device is not None: pipe.text_encoder.to(device)
+    texts = [work.read(item.prompt) for item in items]
+    if device is not None:
+        pipe.text_encoder.to("cpu")
+        for part in (pipe.vae, encoder): part and part.to(device)
     disable = None if progress else True # None: only where there is no terminal
     with tqdm(items, "encoding", disable=disable, leave=False) as bar: # closed also on an error
-        done = [work.encode(item) for item in bar]
+        done = [work.encode(item, text) for item, text in zip(bar, texts)]
     return EncodedCase(done[:len(case.identity)], done[len(case.identity):], cache.hits)
 
 # %% ../nbs/21_encode.ipynb

@@ -16,7 +16,7 @@ from diffusers import CogVideoXDPMScheduler, FirstBlockCacheConfig, PyramidAtten
 from .backbone import BaseSize, base_size, check_picture
 from .core import InputError
 from .encode import check_prompt
-from .tuner import Conductor, blend_weights, conductor_of
+from .tuner import active, blend_weights
 from .tuner import dial as dialled_to
 from .tuner import reference as given_reference
 
@@ -54,11 +54,11 @@ class _Watch:
     "Notes the timestep and the controller's weights of each step."
     def __init__(self, transformer):
         self.transformer, self.timesteps, self.rows = transformer, [], []
-        self.adapted = any(isinstance(m, Conductor) for m in transformer.modules())
+        self.config = active(transformer) # None: the base alone
 
     def __call__(self, pipe, step, timestep, tensors):
         self.timesteps.append(int(timestep))
-        if self.adapted and not conductor_of(self.transformer).disable_adapters:
+        if self.config:
             last = blend_weights(self.transformer)[-1] # of both guidance branches: the prompt's comes second
             self.rows.append(last.float().cpu())
         return {}
@@ -67,9 +67,7 @@ class _Watch:
     def weights(self): return torch.stack(self.rows) if self.rows else None
 
     @property
-    def scale(self):
-        configs = conductor_of(self.transformer).configs.values() if self.rows else ()
-        return next((config.scale for config in configs), None)
+    def scale(self): return self.config and self.config.scale
 
 # %% ../nbs/22_generate.ipynb
 def trailing(scheduler):
@@ -84,7 +82,7 @@ def _words(prompt, embeds, negative):
 def _as_told(watch, reference, dial):
     "Reference and dial in force on an adapter; a base without one knows neither."
     stack = ExitStack()
-    if watch.adapted:
+    if watch.config:
         stack.enter_context(given_reference(watch.transformer, reference))
         stack.enter_context(dialled_to(watch.transformer, dial))
     return stack
@@ -129,7 +127,7 @@ def generate(pipe,               # stock CogVideoXPipeline; its transformer may 
                      num_frames=size.frames, num_inference_steps=size.steps, guidance_scale=size.guidance,
                      max_sequence_length=size.max_tokens, generator=torch.Generator("cpu").manual_seed(seed),
                      use_dynamic_cfg=False, output_type="np", callback_on_step_end=watch).frames[0]
-    settings = {k: getattr(size, k) for k in ("height", "width", "frames", "steps", "guidance")}
+    settings = {k: getattr(size, k) for k in ("height", "width", "frames", "steps", "guidance", "max_tokens")}
     settings |= dict(prompt=prompt, seed=seed, dial=dial, reference=reference is not None)
     if cache: settings["approximate_cache"] = cache
     frames = (video * 255).round().astype(np.uint8)

@@ -46,7 +46,8 @@ def run_block(block, *args,     # as the transformer calls it
     if keep == "all": return block(*args)
     how = _SELECTIVE if keep == "attention" else {}
     away = save_on_cpu(pin_memory=args[0].is_cuda) if offload else nullcontext()
-    with away: return checkpoint(block.__call__, *args, use_reentrant=False, **how)
+    with away: # nothing in a block is random, so no state of generators is fetched and put back
+        return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, **how)
 
 # %% ../nbs/23_memory.ipynb
 def blocks_of(transformer):
@@ -347,7 +348,7 @@ def candidates(blocks:int):
 # %% ../nbs/23_memory.ipynb
 def budget_bytes(memory,            # "auto", or gigabytes (GiB, as cards are sold)
                  device="cpu") -> int:
-    "Bytes that a run may use; `InputError` for a budget that is no number or more than there is."
+    "Bytes that a run may use; `InputError` for a budget that is no number or more than the card has."
     device = torch.device(device)
     free, total = _free(device)
     if memory == "auto": return free

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'EXPLODED', 'TrainConfig', 'completed', 'with_memory', 'joint_prompt', 'Shuffled', 'Run', 'Drawn',
            'draw_batch', 'micro_batches', 'train_step', 'part_loss', 'trainable', 'backward', 'sum_up',
            'clip_gradients', 'check_sound', 'check_out', 'check_same', 'compare', 'prepare', 'check_settings',
-           'trackers', 'rates', 'out_of_memory', 'facts', 'save_checkpoint', 'checkpoints', 'restore', 'sample',
+           'trackers', 'rates', 'memory_said', 'facts', 'save_checkpoint', 'checkpoints', 'restore', 'sample',
            'save_samples', 'save_preview', 'preview_folder', 'balance', 'best_step', 'tradeoff_figure', 'preview',
            'read_scores', 'reference_rows', 'seen', 'loss_figure', 'scalars', 'train', 'loop', 'checkpoint_if_due',
            'stopped', 'finish']
@@ -18,6 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +41,7 @@ from dualreal.core import (
 )
 
 from . import checkpoint as store
-from .backbone import BaseSize, base_size, load_base, load_reference_encoder
+from .backbone import BaseSize, base_size, find_sizes, load_base, load_reference_encoder
 from .checkpoint import FILE, adapter_tensors, find_adapter, read_adapter, save_adapter
 from .data import MIN_CLIP, Item, load_case, read_item
 from .encode import Encoded, EncodedCase, check_prompt, check_writable, encode_case, encode_prompt, release
@@ -90,7 +91,7 @@ class TrainConfig:
     eight_bit: bool = False              # optimiser states in eight bits (bitsandbytes)
     fp8: bool = False                    # APPROXIMATE: frozen weights in eight bits
     compile: bool = False                # the blocks: a minute or more at first, then faster steps on a GPU
-    save_every: int = 100                # steps between checkpoints; 0: only when the run is told to stop
+    save_every: int = 100                # steps between checkpoints; 0: the last one only
     keep: int = 3                        # newest checkpoints that stay
     preview_every: int = 0               # steps between previews; 0: none
     trackers: str | None = None          # "tensorboard,wandb", one of them, or "none"
@@ -289,7 +290,7 @@ EXPLODED = 100. # a prediction of zeros has a loss of about 1
 
 def check_sound(run, dimension, loss, norm):
     "`FloatingPointError` before the step is taken, if it would ruin the run."
-    if math.isfinite(norm) and loss < EXPLODED: return # not: of nan, too
+    if math.isfinite(norm) and loss < EXPLODED: return # which nan is not
     last = checkpoints(run.out)
     keep = f"the last good checkpoint is {last[0]}" if last else "no checkpoint had been saved"
     raise FloatingPointError(f"step {run.step + 1} ({dimension}) was not taken: loss {loss:.4g}, gradient "
@@ -314,7 +315,8 @@ def check_same(config:TrainConfig):
     path = Path(config.out)/"config.json"
     if not path.exists() or not checkpoints(config.out): return
     try: before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as e: raise InputError(f"{path}: damaged; remove it, checkpoints know it too") from e
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{path}: damaged; remove it, checkpoints know it too") from e
     compare(config, before)
 
 def compare(config, before:dict): # before: the settings as JSON
@@ -330,10 +332,10 @@ def prepare(config:TrainConfig, progress=True) -> Run:
     "Load, check, encode, attach: everything before the first step."
     start = time.perf_counter()
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    config = completed(config, base_size(find_sizes(config.base)))
     accelerator = _accelerator(config)
     device, progress = accelerator.device, progress and accelerator.is_main_process
     pipe = load_base(config.base, dtype=pick_dtype(device, config.precision))
-    config = completed(config, base_size(pipe))
     prompts = config.prompts or [joint_prompt(case.identity_prompt, case.motion_prompt)]
     adapter, switch, size = check_settings(config, pipe, prompts)
     with accelerator.main_process_first(): # the others find it in the cache
@@ -368,8 +370,12 @@ def _accelerator(config):
     if device.type == "cuda" and device.index is not None: torch.cuda.set_device(device)
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # while the first encodes or makes previews
     logs = ProjectConfiguration(config.out, logging_dir=f"{config.out}/logs")
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patient],
-                              log_with=trackers(config) or None, project_config=logs)
+    how = dict(kwargs_handlers=[patient], log_with=trackers(config) or None, project_config=logs)
+    try: accelerator = Accelerator(cpu=device.type == "cpu", **how)
+    except ValueError as e: raise InputError(f"device {device}: {e}") from e
+    if accelerator.device.type != device.type: # it keeps to the first one
+        raise InputError(f"device {device}: this process has trained on {accelerator.device.type} before, and "
+                         "Accelerate keeps to that: start another process")
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise InputError(f"accelerate is set up for {kind}: that cannot train here; launch with --multi_gpu")
@@ -387,12 +393,12 @@ def trackers(config:TrainConfig) -> list[str]:
 # %% ../nbs/24_trainer.ipynb
 def _encode(config, pipe, case, prompts, device, progress):
     "The encoded case, the prompts' embeddings, the reference's size; the encoders leave."
-    encoder = load_reference_encoder(config.reference_encoder, base=config.base, device=device)
+    encoder = load_reference_encoder(config.reference_encoder, base=config.base)
     tokens = base_size(pipe).max_tokens
-    for part in (pipe.vae, pipe.text_encoder): part.to(device)
-    encoded = encode_case(pipe, case, config.height, config.width, config.frames, tokens, encoder,
-                          config.reference_norm, config.cache, progress, config.fps, config.fit)
+    pipe.text_encoder.to(device)
     texts = {p: encode_prompt(pipe, p, tokens).cpu() for p in ["", *prompts]}
+    encoded = encode_case(pipe, case, config.height, config.width, config.frames, tokens, encoder,
+                          config.reference_norm, config.cache, progress, config.fps, config.fit, device)
     release(pipe, "text_encoder")
     pipe.vae.to("cpu")
     return encoded, texts, None if encoder is None else encoder.dim
@@ -434,10 +440,13 @@ def _place(run):
         if thrifty: pipe.transformer.enable_gradient_checkpointing()
     if config.compile: compile_blocks(pipe.transformer, dynamic=False) # one for clips, one for pictures
 
-def out_of_memory(run) -> RuntimeError:
-    "What to try, and that nothing saved is lost."
-    last = f"; {run.out} can be continued with --resume" if run.saved else ""
-    return RuntimeError((advice(run.plan) if run.plan else "out of memory: try --memory auto") + last)
+@contextmanager
+def memory_said(run):
+    "Where memory runs out within the block: what to try, and that nothing saved is lost."
+    try: yield
+    except torch.OutOfMemoryError as e:
+        last = f"; {run.out} can be continued with --resume" if run.saved else ""
+        raise RuntimeError((advice(run.plan) if run.plan else "out of memory: try --memory auto") + last) from e
 
 # %% ../nbs/24_trainer.ipynb
 def facts(run:Run) -> dict:
@@ -451,15 +460,15 @@ def facts(run:Run) -> dict:
 
 def _state(run, randoms):
     "What the next step depends on beside the adapter."
-    return dict(step=run.step, log=run.log, seconds=run.seconds, given=_given(run), randoms=randoms,
+    return dict(step=run.step, log=run.log, seconds=run.seconds, sources=_given(run), randoms=randoms,
                 config=json.loads(json.dumps(asdict(run.config), default=str)),
                 optimizer=run.optimizer.state_dict(), schedule=run.schedule.state_dict(),
                 switch=run.switch.state_dict(), generator=run.generator.get_state(),
                 orders={k: order.left for k, order in run.orders.items()})
 
 def _given(run):
-    "Captions and content of what is learnt from."
-    return {k: [item.content for item in getattr(run.case, k)] for k in ("identity", "motion")}
+    "Captions and files that are learnt from, not their latents: those differ by device and precision."
+    return {k: [item.source for item in getattr(run.case, k)] for k in ("identity", "motion")}
 
 # %% ../nbs/24_trainer.ipynb
 def save_checkpoint(run:Run) -> Path: # called by all processes: the first one writes
@@ -496,7 +505,7 @@ def restore(run:Run) -> Path | None: # the checkpoint used; None: there is none,
 def _continue(run, state, adapter):
     "Put the run in the state of a checkpoint."
     compare(run.config, state["config"])
-    if state["given"] != _given(run):
+    if state["sources"] != _given(run):
         raise InputError(f"{run.out} was started with other images, clips or captions: give another --out")
     for k, p in adapter_tensors(run.pipe.transformer).items(): p.copy_(adapter[k])
     for k in ("optimizer", "schedule", "switch"): getattr(run, k).load_state_dict(state[k])
@@ -647,9 +656,9 @@ def train(config:TrainConfig,
     if restored and progress: print(f"continuing from {restored}")
     run.accelerator.init_trackers("dualreal", {k: str(v) for k, v in asdict(run.config).items()})
     with tqdm(total=run.config.steps, initial=run.step, desc="training", disable=not progress) as bar:
-        try: loop(run, bar, on_step, score)
-        except torch.OutOfMemoryError as e: raise out_of_memory(run) from e
-    if main: finish(run, progress)
+        with memory_said(run): loop(run, bar, on_step, score)
+    with memory_said(run):
+        if main: finish(run, progress)
     run.accelerator.end_training()
     return run.out/FILE
 
@@ -677,7 +686,7 @@ def loop(run:Run, bar, on_step:Callable=None, score:Callable=None): # bar: of tq
 def checkpoint_if_due(run:Run):
     "Before previews, which take long; before the final videos, too."
     save, last = run.config.save_every, run.step == run.config.steps
-    if save and (run.step % save == 0 or last): save_checkpoint(run)
+    if last or save and run.step % save == 0: save_checkpoint(run)
 
 def stopped(run, number):
     "Save and say so."

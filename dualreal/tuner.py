@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['SITES', 'DualRealConfig', 'Sites', 'sites_of', 'Blend', 'DualRealLayer', 'Moments', 'Conductor', 'Site',
-           'AttentionSite', 'FeedForwardSite', 'wrap', 'check_attachable', 'DualRealModel', 'conductor_of', 'reference',
-           'dial', 'blend_weights']
+           'AttentionSite', 'FeedForwardSite', 'wrap', 'check_attachable', 'DualRealModel', 'conductor_of', 'active',
+           'reference', 'dial', 'blend_weights']
 
 # %% ../nbs/12_tuner.ipynb
 import inspect
@@ -291,6 +291,12 @@ def conductor_of(transformer) -> Conductor:
         raise InputError(f"this {name} has no DualReal adapter: call add_adapter or load_adapter first")
     return found
 
+def active(transformer) -> DualRealConfig | None: # None: there is no adapter of ours, or it is silent
+    "The configuration of the first DualReal adapter that forward passes use."
+    found = next((m for m in transformer.modules() if isinstance(m, Conductor)), None)
+    if found is None or found.disable_adapters or not found.running: return None
+    return found.configs[found.running[0]]
+
 @contextmanager
 def reference(transformer, # with a DualReal adapter
               embedding):  # (B, E) or (1, E), also (B|1, 1, E); None: condition absent
@@ -328,6 +334,7 @@ def blend_weights(transformer, adapter_name:str=None): # default: the first acti
     "Identity weights of the last forward pass, (B, groups); motion has the rest of `scale`."
     conductor = conductor_of(transformer)
     name = adapter_name or next(iter(conductor.running), None)
+    if name is None: raise InputError("no DualReal adapter is active: set_adapter chooses one")
     if name not in conductor.last:
         raise InputError(f"adapter {name!r} has not been run: its weights are known after a forward pass")
     return conductor.last[name]

@@ -581,11 +581,12 @@ def test_one_bad_case_costs_itself_only(bench, tmp_path, workers):
 
 
 def test_scorers_of_a_users_case(tmp_path, monkeypatch):
-    "A subject may be a video, as some of the published ones; the toy's truth knows its own only, and says so."
+    "A subject may be a video, as some of the published; the truth of the toy knows its own only."
     write_case(tmp_path, "teal_cat", "swinging", images=2, clips=2)
     (tmp_path / "dog6/videos").mkdir(parents=True)
     shutil.copy(next((tmp_path / "motion").rglob("*.mp4")), tmp_path / "dog6/videos")
-    case, info = load_case(tmp_path / "dog6", tmp_path / "motion", "dog *"), dict(subject="dog6", motion="swinging")
+    case = load_case(tmp_path / "dog6", tmp_path / "motion", "dog *")
+    info = dict(subject="dog6", motion="swinging")
     assert SCORERS["published"].func(case, info, "toy").references.images
     with pytest.raises(InputError, match="knows no subject 'dog6'"): SCORERS["toy"](case, info)
 

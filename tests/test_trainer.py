@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from dualreal import checkpoint
+from dualreal import checkpoint, encode
 from dualreal.backbone import tiny_pipeline
 from dualreal.checkpoint import Interrupted, adapter_tensors, damage, read_adapter, step_folders
 from dualreal.cli import _say_best, main
@@ -171,6 +172,35 @@ def test_stopped_by_a_signal(home, whole, tmp_path, capsys, monkeypatch, number,
     assert same(config.out, whole)
 
 
+def test_resumed_on_another_machine(home, tmp_path, monkeypatch):
+    "No cache, and latents with other last digits: the same files are the same run; another picture is not."
+    with pytest.raises(Interrupted): train(settings(home, tmp_path / "run"), stop_at(3), progress=False)
+    before = encode.encode_frames
+    monkeypatch.setattr(encode, "encode_frames", lambda vae, frames: [t + 1e-6 for t in before(vae, frames)])
+    again = settings(home, tmp_path / "run", resume=True, cache=str(tmp_path / "cache"))
+    train(again, progress=False)
+    assert json.loads((tmp_path / "run/run.json").read_text())["log"][-1]["step"] == 8
+
+
+def test_the_last_step_is_always_kept(home, tmp_path, monkeypatch):
+    "Memory runs out at the final videos: it is said what to do, and the resumed run trains no step again."
+    config = settings(home, tmp_path / "run", save_every=0, samples=1)
+    def full(*_, **__): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr("dualreal.trainer.generate", full)
+    with pytest.raises(RuntimeError, match="out of memory.*can be continued with --resume"):
+        train(config, progress=False)
+    monkeypatch.undo()
+    train(replace(config, resume=True), lambda *_: pytest.fail("trained"), progress=False)
+
+
+def test_another_device_in_one_process(home, tmp_path, monkeypatch):
+    "Accelerate would silently keep to the first."
+    train(settings(home, tmp_path / "run", steps=1), progress=False)
+    monkeypatch.setattr("dualreal.trainer.pick_device", lambda name: torch.device("meta"))
+    with pytest.raises(InputError, match="device meta: this process has trained on cpu before"):
+        train(settings(home, tmp_path / "other", steps=1), progress=False)
+
+
 def test_handlers_are_given_back(home, tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted): train(settings(home, tmp_path / "run"), stop_at(1), progress=False)
@@ -241,9 +271,10 @@ def test_nothing_whole_is_a_fresh_start(home, stopped, whole, tmp_path, capsys):
 def test_damaged_settings(home, stopped, tmp_path):
     shutil.copytree(stopped[0], tmp_path / "run")
     path = tmp_path / "run/config.json"
-    path.write_text("{")
-    with pytest.raises(InputError, match="config.json: damaged"):
-        train(settings(home, tmp_path / "run", resume=True), progress=False)
+    for text in ("{", "[1, 2]"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="config.json: damaged"):
+            train(settings(home, tmp_path / "run", resume=True), progress=False)
     path.unlink()  # the checkpoint knows them, too
     with pytest.raises(InputError, match="lr=0.001, not 0.5"):
         train(settings(home, tmp_path / "run", resume=True, lr=.5), progress=False)

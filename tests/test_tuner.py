@@ -29,7 +29,7 @@ from torch.testing import assert_close
 from dualreal.checkpoint import adapter_tensors, load_adapter, published_state, save_adapter
 from dualreal.core import InputError
 from dualreal.switch import focus, parts_of
-from dualreal.tuner import Conductor, DualRealConfig, blend_weights, conductor_of, dial, reference
+from dualreal.tuner import Conductor, DualRealConfig, active, blend_weights, conductor_of, dial, reference
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -280,7 +280,9 @@ def test_deleted_adapters():
     assert torch.equal(run(transformer, embedding()), run(attach(stock(), CONFIGS["default"]), embedding()))
     for ask in (adapter_tensors, published_state, blend_weights):
         with pytest.raises(InputError, match="'a'"): ask(transformer, "a")
+    assert active(transformer) is transformer.peft_config["b"]
     transformer.delete_adapters("b")
+    assert active(transformer) is None
     for ask in (adapter_tensors, blend_weights, parts_of):
         with pytest.raises(InputError, match="no DualReal adapter"): ask(transformer)
     assert not [n for n, _ in transformer.named_parameters() if "dualreal_" in n]
@@ -299,6 +301,10 @@ def test_beside_a_lora():
     assert blend_weights(transformer).shape == (2, 2)
     transformer.set_adapters(["lora", "default"], [1., 0.])
     assert torch.equal(run(transformer, embedding()), lora)
+    transformer.set_adapter("lora")
+    assert active(transformer) is None
+    with pytest.raises(InputError, match="no DualReal adapter is active"): blend_weights(transformer)
+    transformer.set_adapter("default")
     focus(transformer, "identity")
     assert len(parts_of(transformer)["identity"]) == 8 * LAYERS
 
