@@ -135,7 +135,7 @@ FORMAT = 1 # of a result; a change in what scores mean is a new number
 @lru_cache
 def fingerprint(folder:Path) -> str:
     "Of a folder: names, sizes and both ends of its files; not of hidden ones, nor of a base's note of sizes."
-    hidden = lambda p: any(name.startswith(".") for name in p.relative_to(folder).parts) # a download dates them
+    hidden = lambda p: any(n.startswith(".") for n in p.relative_to(folder).parts) # a download dates them
     files, parts = [p for p in folder.rglob("*") if p.is_file() and not hidden(p)], []
     for path in sorted(p for p in files if p.name != "dualreal.json"):
         with open(path, "rb") as f:
@@ -545,7 +545,7 @@ def search_lr(bench:Bench, out, methods=None, lrs=None, **how) -> dict: # how: o
     own = [spec for spec in dict.fromkeys(specs) if find_method(spec).kind_of_rate == "own"]
     grids = {spec: sorted(lrs or bench.lrs) for spec in own}
     for key in ("search", "objective"):
-        if not getattr(bench, key): raise InputError(f"{bench.name}: its {key} is empty: nothing to search on")
+        if not getattr(bench, key): raise InputError(f"{bench.name}: {key} is empty: nothing to search on")
     if not (lrs or bench.lrs): raise InputError(f"{bench.name}: names no lrs: give some with --lrs")
     if not all(_rate(lr) for grid in grids.values() for lr in grid):
         raise InputError(f"lrs {lrs}: give positive numbers")

@@ -621,8 +621,8 @@ def _bench_status(found):
     for method, row in found["methods"].items():
         print(f"{method:24}", "  ".join(f"{n} {what}" for what, n in row.items() if n))
     if found["other"]:
-        print(f"{found['other']} other results of these methods are kept and not counted: of other cases, seeds or "
-              "settings, or of a search")
+        print(f"{found['other']} other results of these methods are kept and not counted: of other cases, "
+              "seeds or settings, or of a search")
 
 def _bench_data(args):
     from dualreal.benchmark import completeness

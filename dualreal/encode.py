@@ -32,7 +32,7 @@ class Encoded:
     std: torch.Tensor                # same shape
     text: torch.Tensor               # (T, D)
     reference: torch.Tensor | None   # (E,): of the first frame; None without a reference encoder
-    source: str = ""                 # a hash of caption and files: the same on every machine, which latents are not
+    source: str = ""                 # a hash of caption and files: alike on all machines, as latents are not
 
     def sample(self,
                factor:float,                 # the VAE's scaling factor
@@ -153,10 +153,10 @@ class _Work:
         return self.cache.get(key, lambda: dict(text=self.text(prompt)))["text"]
 
     def encode(self, item:Item, text) -> Encoded: # text: of its prompt
-        files = frame_files(item.path) if item.path.is_dir() else [item.path] # in the order in which they are read
+        files = frame_files(item.path) if item.path.is_dir() else [item.path] # in the order of reading
         visual = self.cache.get(self.visual_key(item, files), lambda: self.visual(item))
-        return Encoded(str(item.path), item.prompt, text=text, source=content_hash(item.prompt, item.kind, *files),
-                       **{"reference": None, **visual})
+        source = content_hash(item.prompt, item.kind, *files)
+        return Encoded(str(item.path), item.prompt, text=text, source=source, **{"reference": None, **visual})
 
     def visual_key(self, item, files):
         how = self.fps if item.kind == "video" else None, self.fit

@@ -71,7 +71,8 @@ def keep_uploads(files,  # `FileUpload.value`: dictionaries with name and conten
     "Write uploaded files into a new folder, under their own names: an earlier subject's pictures stay apart."
     wanted = folder = check_writable(folder, "give another folder")
     numbers = itertools.count(2)
-    while folder.exists() and any(folder.iterdir()): folder = wanted.with_name(f"{wanted.name}-{next(numbers)}")
+    while folder.exists() and any(folder.iterdir()):
+        folder = wanted.with_name(f"{wanted.name}-{next(numbers)}")
     for file in files:
         name = Path(file["name"].replace("\\", "/")).name # a browser may send a path
         with atomic_path(folder/name) as tmp: tmp.write_bytes(bytes(file["content"]))
@@ -184,7 +185,7 @@ def progress(training:Training, total:int) -> str: # total: steps of the whole r
         return f"Step {rows[-1]['step']} of {total}, {pace:.2f} s each, about {left:.0f} minutes left."
     if said := complaint(training.said): return said
     if (training.run/"run.json").exists(): return f"Finished: {find_adapter(training.run)}"
-    if training.note.exists(): return "It ended without a word, so somebody or the system killed it: press Resume."
+    if training.note.exists(): return "It was killed, or the machine went off: press Resume."
     return "Not started."
 
 def complaint(path) -> str: # "" where there is none
@@ -451,7 +452,7 @@ def _started(self:TrainPanel, resume=False):
     choices, training = self.choices(), self.training()
     choices.case()
     if not resume and (training.run/"config.json").exists():
-        raise InputError(f"run {training.run.name!r} exists: press Resume to continue it, or type another name")
+        raise InputError(f"run {training.run.name!r} exists: press Resume, or type another name")
     start(training, train_command(choices, training, resume))
     self.chart.value = self.films.value = ""
     self.watch()
@@ -568,7 +569,7 @@ class ComparePanel(Panel):
         chosen, ask, shown = self.which.value, self.ask, ""
         if not chosen or ask.adapter.value is None: raise InputError("adapters: choose at least one")
         for name in chosen:
-            known = adapters(ask.out) | {ALONE: ask.adapter.value} # a checkpoint may have made room for a newer one
+            known = adapters(ask.out) | {ALONE: ask.adapter.value} # a checkpoint may be gone by now
             if name not in known: raise InputError(f"{name}: it is no longer there; choose again")
             made, fps = ask.make(known[name], *ask.asked(), name == ALONE)
             shown += film(keep_video(ask.out/"videos", made, fps), name)

@@ -154,7 +154,7 @@ def _cheapest(cost, jump): # (F, A), (A, A) -> (F,)
 WEIGHTS = np.array([1, 1, 1, .5])[:, None] # x, y, growth, angle
 
 def read_tracks(r:Reading # of a clip
-               ) -> np.ndarray: # (4, F): x, y in reaches, growth in half octaves, half the angle in radians; means 0
+               ) -> np.ndarray: # (4, F): x, y in reaches, growth in half octaves, half the angle; means 0
     "The tracks in the units of `Motion.path`, times `WEIGHTS`."
     unit = .2 * min(r.mask.shape[1:])
     t = np.stack([r.x / unit, r.y / unit, 2 * np.log2(r.radius), r.angle])

@@ -374,8 +374,8 @@ def _accelerator(config):
     try: accelerator = Accelerator(cpu=device.type == "cpu", **how)
     except ValueError as e: raise InputError(f"device {device}: {e}") from e
     if accelerator.device.type != device.type: # it keeps to the first one
-        raise InputError(f"device {device}: this process has trained on {accelerator.device.type} before, and "
-                         "Accelerate keeps to that: start another process")
+        raise InputError(f"device {device}: this process has trained on {accelerator.device.type} before, "
+                         "and Accelerate keeps to that: start another process")
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise InputError(f"accelerate is set up for {kind}: that cannot train here; launch with --multi_gpu")
@@ -446,7 +446,8 @@ def memory_said(run):
     try: yield
     except torch.OutOfMemoryError as e:
         last = f"; {run.out} can be continued with --resume" if run.saved else ""
-        raise RuntimeError((advice(run.plan) if run.plan else "out of memory: try --memory auto") + last) from e
+        said = advice(run.plan) if run.plan else "out of memory: try --memory auto"
+        raise RuntimeError(said + last) from e
 
 # %% ../nbs/24_trainer.ipynb
 def facts(run:Run) -> dict:
