@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['METHODS', 'SWEEPS', 'turns', 'seen', 'bare', 'optimise', 'steps', 'plain_loss', 'plain_step', 'videos', 'Method',
-           'DualReal', 'Apart', 'Lora', 'FullFineTune', 'moving_boxes', 'attention_bias', 'find_words',
+           'DualReal', 'Apart', 'Lora', 'LoraTogether', 'FullFineTune', 'moving_boxes', 'attention_bias', 'find_words',
            'SubjectThenMotion', 'led', 'find_method']
 
 # %% ../nbs/32_baselines.ipynb
@@ -13,6 +13,7 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -99,9 +100,11 @@ def plain_loss(run:Run, part:list): # part: of `micro_batches`
                                      image_rotary_emb=run.rotary(latents.shape[1])).sample
     return velocity_loss(run.pipe.scheduler, predicted, latents, noise, timesteps)
 
-def plain_step(run:Run, prior:float=0.) -> dict: # prior: weight of the class's own samples
+def plain_step(run:Run, prior:float=0., # weight of the class's own samples
+               focus=lambda dimension: None) -> dict: # called with what was drawn: chooses what trains
     "One step of whatever the optimiser holds."
     start, dimension, loss = time.perf_counter(), run.switch.draw(), 0.
+    focus(dimension)
     for name, weight in {dimension: 1., "prior": prior}.items():
         batch = draw_batch(run, name) if weight else []
         for part in micro_batches(batch, run.config.micro_batch):
@@ -258,21 +261,41 @@ class Lora(Apart):
         trained = [d for d, n in self.counts(run).items() if self.train_side(run, d, n, on_step)]
         self.merge(run, trained)
 
-    def train_side(self, run, dimension, count, on_step):
-        "Add and train the LoRA of one side; False without a step."
-        if not count: return False
+    def add_side(self, run, dimension): # its parameters
+        "A fresh LoRA for one side, alone active: the other one is silent."
         torch.manual_seed(run.config.seed)
         r, transformer = run.config.rank, run.pipe.transformer
         lora = LoraConfig(r=r, lora_alpha=r, target_modules=list(self.targets), init_lora_weights="gaussian")
         transformer.add_adapter(lora, dimension)
-        transformer.set_adapter(dimension) # alone: the other one is silent
-        own = [p for n, p in transformer.named_parameters() if f".{dimension}." in n and "lora_" in n]
-        for p in transformer.parameters(): p.requires_grad_(False)
+        transformer.set_adapter(dimension)
+        return [p for n, p in transformer.named_parameters() if f".{dimension}." in n and "lora_" in n]
+
+    def train_side(self, run, dimension, count, on_step):
+        "Add and train the LoRA of one side; False without a step."
+        if not count: return False
+        own = self.add_side(run, dimension)
+        for p in run.pipe.transformer.parameters(): p.requires_grad_(False)
         for p in own: p.requires_grad_(True)
         optimise(run, [dict(params=own)], count)
         run.switch = TrainingSwitch(float(dimension == "motion"), run.config.seed)
         steps(run, count, plain_step, on_step)
         return True
+
+# %% ../nbs/32_baselines.ipynb
+@dataclass(frozen=True)
+class LoraTogether(Lora):
+    "One LoRA per dimension, trained together: at each step one learns, and the other, frozen, takes part."
+    unused = *Lora.unused, "motion_steps"
+
+    def train(self, run, on_step=None):
+        bare(run)
+        sides = {d: self.add_side(run, d) for d in ("identity", "motion")}
+        self.merge(run, list(sides))
+        optimise(run, [dict(params=ps) for ps in sides.values()], run.config.steps)
+        def focus(dimension):
+            for d, ps in sides.items():
+                for p in ps: p.requires_grad_(d == dimension)
+        steps(run, run.config.steps, partial(plain_step, focus=focus), on_step)
 
 # %% ../nbs/32_baselines.ipynb
 @dataclass(frozen=True)
@@ -411,6 +434,7 @@ METHODS = dict(
     lora_qk=Lora("LoRA, queries and keys only", tuned_as="lora", targets=("to_q", "to_k")),
     lora_vo=Lora("LoRA, values and output only", tuned_as="lora", targets=("to_v", "to_out.0")),
     lora_ff=Lora("LoRA, feed-forward only", tuned_as="lora", targets=("ff.net.0.proj", "ff.net.2")),
+    lora_together=LoraTogether("LoRA, trained together", tuned_as="lora"),
     full_finetune=FullFineTune("full fine-tune"),
     isolated=Apart("isolated adapters", dict(controller=False)),
     subject_then_motion=SubjectThenMotion("subject, then motion"),
@@ -436,7 +460,7 @@ def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
     fixed = {"title", "settings", "tuned_as"}
     own = {k: t for k, t in get_type_hints(type(method)).items() if k not in fixed}
     no = _OF_THE_CASE | _OF_THE_RUN | set(method.unused)
-    known = {k: t for k, t in get_type_hints(TrainConfig).items() if k not in no} | own
+    known = {k: t for k, t in (get_type_hints(TrainConfig) | own).items() if k not in no}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or key not in known:
