@@ -151,7 +151,10 @@ def base_size(base:CogVideoXPipeline|Path) -> BaseSize: # a pipeline, or its fol
     note = folder / "dualreal.json"
     return BaseSize(**{**asdict(_size_of(*_shape(base))), **(_read(note) if note.is_file() else {})})
 
-def _read(path): return json.loads(path.read_text(encoding="utf-8"))
+def _read(path):
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}); fetch the base again") from e
 
 def _shape(base): # configuration of the transformer, pixels on a side of a latent
     if not isinstance(base, (str, Path)): return base.transformer.config, base.vae_scale_factor_spatial

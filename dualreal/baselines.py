@@ -434,7 +434,7 @@ METHODS = dict(
     lora_qk=Lora("LoRA, queries and keys only", tuned_as="lora", targets=("to_q", "to_k")),
     lora_vo=Lora("LoRA, values and output only", tuned_as="lora", targets=("to_v", "to_out.0")),
     lora_ff=Lora("LoRA, feed-forward only", tuned_as="lora", targets=("ff.net.0.proj", "ff.net.2")),
-    lora_together=LoraTogether("LoRA, trained together", tuned_as="lora"),
+    lora_together=LoraTogether("LoRA, trained together"),
     full_finetune=FullFineTune("full fine-tune"),
     isolated=Apart("isolated adapters", dict(controller=False)),
     subject_then_motion=SubjectThenMotion("subject, then motion"),
