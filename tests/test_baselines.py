@@ -5,7 +5,8 @@ import torch
 
 from dualreal import trainer
 from dualreal.backbone import tiny_pipeline
-from dualreal.baselines import (
+from dualreal.core import InputError
+from dualreal.experiments.baselines import (
     METHODS,
     attention_bias,
     find_method,
@@ -15,7 +16,6 @@ from dualreal.baselines import (
     turns,
     videos,
 )
-from dualreal.core import InputError
 from dualreal.generate import generate
 from dualreal.toyworld import write_case
 from dualreal.trainer import TrainConfig
@@ -69,7 +69,7 @@ def test_equal_budgets(home, spec, monkeypatch):
         return batch
 
     monkeypatch.setattr(trainer, "draw_batch", counting)
-    monkeypatch.setattr("dualreal.baselines.draw_batch", counting)
+    monkeypatch.setattr("dualreal.experiments.baselines.draw_batch", counting)
     _, run = trained(home, spec)
     n = turns(config(home))
     expected = dict(identity=2 * n["identity"], motion=3 * n["motion"])

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from dualreal import benchmark, encoders
 from dualreal.backbone import tiny_pipeline
-from dualreal.benchmark import (
+from dualreal.cli import main
+from dualreal.core import InputError, write_json
+from dualreal.data import load_case
+from dualreal.experiments import benchmark, encoders
+from dualreal.experiments.benchmark import (
     SCORERS,
     TRUTH,
     absent,
@@ -40,9 +43,6 @@ from dualreal.benchmark import (
     status,
     table_of,
 )
-from dualreal.cli import main
-from dualreal.core import InputError, write_json
-from dualreal.data import load_case
 from dualreal.metrics import METRICS
 from dualreal.report import counted, latex, markdown
 from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
@@ -372,7 +372,7 @@ SLEEPY = """
 import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from dualreal.benchmark import run_jobs
+from dualreal.experiments.benchmark import run_jobs
 
 class Job:
     bench = SimpleNamespace(scorer="pixels")

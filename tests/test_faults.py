@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dualreal import data
-from dualreal.backbone import BaseSize, load_base, tiny_pipeline
+from dualreal.backbone import load_base, tiny_pipeline
 from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
 from dualreal.encode import Cache, encode_case
+from dualreal.settings import BaseSize
 from dualreal.trainer import TrainConfig, checkpoints, completed, joint_prompt
 from dualreal.tuner import DualRealConfig
 from dualreal.video import write_video

@@ -64,7 +64,7 @@ def test_first_cell_is_title_and_promise(page):
 def test_colours_have_one_place():
     "Identity and motion look the same everywhere because no page spells their colours out."
     spelled = re.compile("|".join(COLOURS.values()), re.I)
-    assert [p.stem for p in NOTEBOOKS if spelled.search(p.read_text(encoding="utf-8"))] == ["00_core"]
+    assert [p.stem for p in NOTEBOOKS if spelled.search(p.read_text(encoding="utf-8"))] == ["core"]
 
 
 def test_requirements_survive_splitting():

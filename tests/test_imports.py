@@ -16,7 +16,7 @@ def exported_module(notebook: Path) -> str | None:
     "The name after `#| default_exp` in `notebook`, None where it exports nothing."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    match = re.search(r"^#\|\s*default_exp\s+(\w+)", code, re.M)
+    match = re.search(r"^#\|\s*default_exp\s+([\w.]+)", code, re.M)
     return match and match[1]
 
 

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from dualreal import memory
 from dualreal.checkpoint import adapter_tensors, load_adapter, published_state, save_adapter
 from dualreal.core import InputError
+from dualreal.experiments.speed import SCHEDULER
 from dualreal.memory import BlockStream, Plan, StepSize, apply, blocks_of, candidates, folded, set_policies
 from dualreal.objective import denoising_loss
-from dualreal.speed import SCHEDULER
 from dualreal.switch import focus
 
 PLANS = {"all": Plan(4, everything=4), "attention": Plan(4, attention=4), "nothing": Plan(4),
@@ -96,7 +96,7 @@ def test_streaming_uses_only_its_slots():
 
 def test_simulation_counts_what_autograd_keeps():
     "Fake tensors against real ones: the bytes that one more block saves."
-    from dualreal.speed import Shapes, build, inputs, kept_per_block
+    from dualreal.experiments.speed import Shapes, build, inputs, kept_per_block
     shapes = Shapes(width=64, blocks=2, text=6, frames=2, height=8, side=8, rank=4, text_dim=12, reference=10)
     transformer, size = build(shapes), StepSize(64, 64, 5)
     assert inputs(shapes)["latents"][:1].shape == size.latents(transformer)

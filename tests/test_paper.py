@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualreal.benchmark import jobs_of, load_bench
 from dualreal.core import environment, write_json
+from dualreal.experiments.benchmark import jobs_of, load_bench
 from dualreal.report import verdict
 from dualreal.video import write_video
 
@@ -89,7 +89,7 @@ def test_one_subject_for_all_is_not_claimed(made):
 
 
 def test_published_experiment_is_asked_for_by_base(tmp_path):
-    from dualreal.benchmark import differs, missing_note, paper_bench
+    from dualreal.experiments.benchmark import differs, missing_note, paper_bench
     bench = paper_bench("ablation", "THUDM/CogVideoX-5b", str(tmp_path))
     note = missing_note(bench, "ablation", [], 60)
     assert len(bench.cases) == 10

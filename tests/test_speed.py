@@ -8,10 +8,10 @@ from tiny import adapted, embedding, gradients, run
 from tiny import inputs as tiny_inputs
 from torch.testing import assert_close
 
-from dualreal import speed
 from dualreal.bottleneck import BottleneckPair
 from dualreal.checkpoint import published_state
-from dualreal.speed import Shapes, build, inputs, our_step, part, plain_form, plain_step, plainly
+from dualreal.experiments import speed
+from dualreal.experiments.speed import Shapes, build, inputs, our_step, part, plain_form, plain_step, plainly
 from dualreal.tuner import Site, reference
 
 SMALL = Shapes(width=64, blocks=2, text=6, frames=2, height=4, side=4, rank=4, text_dim=12, reference=10)

@@ -1,6 +1,6 @@
 """What only a GPU can show, with the 5B's shapes and random weights: nothing is downloaded.
 
-The table of nbs/35_speed.ipynb; a base of 12 GB (small: a tiny one, to try this on a CPU); training and a
+The table of nbs/44_speed.ipynb; a base of 12 GB (small: a tiny one, to try this on a CPU); training and a
 benchmark on that base, end to end:
 
     python tools/gpu.py speed data/results/speed/gpu.json [ROUNDS [ROW ...]]
@@ -21,7 +21,7 @@ import torch
 
 from dualreal.backbone import tiny_pipeline, wide_pipeline
 from dualreal.core import pick_device, write_json
-from dualreal.speed import record_gpu
+from dualreal.experiments.speed import record_gpu
 
 CASE = dict(subject="dog", motion="playingGuitar")
 METHODS = "dualreal", "lora", "isolated", "without_stageblender"
