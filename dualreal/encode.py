@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Encoded', 'EncodedCase', 'fingerprint', 'check_writable', 'cache_folder', 'Cache', 'check_prompt', 'encode_prompt',
-           'encode_frames', 'tile', 'encode_case', 'release']
+           'encode_frames', 'tile', 'encode_case', 'release', 'encode_all']
 
 # %% ../nbs/22_encode.ipynb
 import gc
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from .backbone import base_size, load_reference_encoder
 from .core import InputError, atomic_path, content_hash
 from .data import Case, Item, first_frame, read_item
 from .video import frame_files
@@ -205,3 +206,19 @@ def release(pipe, *names):
     for name in names: setattr(pipe, name, None)
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+# %% ../nbs/22_encode.ipynb
+def encode_all(pipe, case:Case,
+               config,           # of `TrainConfig`, completed
+               prompts:list,     # of videos to be made
+               device, progress=True
+              ) -> tuple:        # `EncodedCase`, prompt -> embedding (1, T, D) with "" for the empty prompt
+    "Encode a case and prompts for a run; the text encoder leaves the pipeline."
+    encoder, tokens = load_reference_encoder(config.reference_encoder, base=config.base), base_size(pipe).max_tokens
+    pipe.text_encoder.to(device)
+    texts = {p: encode_prompt(pipe, p, tokens).cpu() for p in ["", *prompts]}
+    done = encode_case(pipe, case, config.height, config.width, config.frames, tokens, encoder,
+                       config.reference_norm, config.cache, progress, config.fps, config.fit, device)
+    release(pipe, "text_encoder")
+    pipe.vae.to("cpu")
+    return done, texts

@@ -5,8 +5,7 @@
 # %% auto 0
 __all__ = ['POLICIES', 'run_block', 'blocks_of', 'set_policies', 'places_of', 'frozen_of', 'BlockStream', 'castable', 'store_fp8',
            'adamw', 'LiveBytes', 'kind_of', 'stand_in', 'StepSize', 'simulate', 'Plan', 'Needs', 'lines', 'needs',
-           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'advice', 'compile_blocks', 'attention_backends',
-           'folded']
+           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'advice', 'compile_blocks', 'attention_backends']
 
 # %% ../nbs/23_memory.ipynb
 import json
@@ -421,18 +420,3 @@ def attention_backends() -> dict:
     flags = dict(flash=b.flash_sdp_enabled(), efficient=b.mem_efficient_sdp_enabled(),
                  cudnn=b.cudnn_sdp_enabled(), math=b.math_sdp_enabled())
     return dict(flags, cudnn_version=torch.backends.cudnn.version(), torch=torch.__version__)
-
-# %% ../nbs/23_memory.ipynb
-def folded(tensors:dict,  # of an adapter, published names
-           reference):    # (E,) or (1, E): the embedding that it will always be used with
-    "The tensors of the same adapter with this reference built in: it takes none any more."
-    e, done = reference.reshape(-1).double(), dict(tensors)
-    for name in [k for k in tensors if k.endswith(".condition_linear.weight")]:
-        site = name.removesuffix(".condition_linear.weight")
-        weight, bias = (done.pop(f"{site}.condition_linear.{kind}").double() for kind in ("weight", "bias"))
-        if weight.shape[1] != len(e):
-            made = weight.shape[1]
-            raise InputError(f"reference of {len(e)} channels, but the adapter was made for {made}")
-        down, key = tensors[f"{site}.down_linear.weight"], f"{site}.down_linear.bias"
-        done[key] = (tensors[key].double() + down.double() @ (weight @ e + bias)).to(tensors[key].dtype)
-    return done

@@ -24,8 +24,9 @@ from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
 from dualreal.encode import Cache, encode_case
-from dualreal.settings import BaseSize
-from dualreal.trainer import TrainConfig, checkpoints, completed, joint_prompt
+from dualreal.resume import checkpoints
+from dualreal.settings import BaseSize, TrainConfig, completed
+from dualreal.trainer import joint_prompt
 from dualreal.tuner import DualRealConfig
 from dualreal.video import write_video
 

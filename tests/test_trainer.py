@@ -21,13 +21,15 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from dualreal import checkpoint, encode
+from dualreal import checkpoint, encode, resume
 from dualreal.backbone import tiny_pipeline
-from dualreal.checkpoint import Interrupted, adapter_tensors, damage, read_adapter, step_folders
+from dualreal.checkpoint import adapter_tensors, read_adapter
 from dualreal.cli import _say_best, main
 from dualreal.core import InputError
+from dualreal.loop import train_step
 from dualreal.memory import Plan, compile_blocks
-from dualreal.trainer import TrainConfig, checkpoints, prepare, restore, scalars, train, train_step
+from dualreal.resume import Interrupted, checkpoints, damage, restore, step_folders
+from dualreal.trainer import TrainConfig, prepare, scalars, train
 from dualreal.video import read_video, write_video
 
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: workers start from a warm parent")
@@ -64,7 +66,7 @@ def command(config):
     return ["train", *(w for k, v in words.items() for w in (f"--{k}", v)), "--prompt", "cat"]
 
 
-def weights(out): return read_adapter(Path(out) / "adapter.safetensors")[0]
+def weights(out): return read_adapter(Path(out) / "adapter.safetensors").tensors
 def numbers(row): return {k: v for k, v in row.items() if k != "seconds"}
 def log(out): return [numbers(row) for row in json.loads((Path(out) / "run.json").read_text())["log"]]
 
@@ -253,7 +255,7 @@ def test_torn_checkpoint(stopped, tmp_path, capsys, spoil, where, used, said):
     spoil(tmp_path / "run/checkpoints" / where)
     run.config.out = f"{tmp_path / 'run'}"
     assert restore(run).name == used and run.step == int(used[5:]) == len(run.log)
-    expected = read_adapter(out / "checkpoints" / used)[0]
+    expected = read_adapter(out / "checkpoints" / used).tensors
     assert all(torch.equal(p, expected[k]) for k, p in adapter_tensors(run.pipe.transformer).items())
     err = capsys.readouterr().err
     assert err.startswith("warning: ") and all(word in err for word in said), err
@@ -285,7 +287,7 @@ def test_rotation(home, tmp_path):
     train(settings(home, tmp_path / "run", save_every=1, keep=2), progress=False)
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-8", "step-7"]
     shutil.copytree(tmp_path / "run/checkpoints/step-8", tmp_path / "run/checkpoints/step-99")
-    checkpoint.write_step(tmp_path / "run/checkpoints", 9, lambda folder: (folder / "x").touch(), keep=1)
+    resume.write_step(tmp_path / "run/checkpoints", 9, lambda folder: (folder / "x").touch(), keep=1)
     assert [p.name for p in step_folders(tmp_path / "run/checkpoints")] == ["step-99", "step-9"]
 
 
@@ -293,13 +295,13 @@ def test_rotation(home, tmp_path):
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 1e6])
 def test_a_ruinous_step_is_not_taken(home, whole, tmp_path, monkeypatch, factor):
-    import dualreal.trainer as trainer
-    loss, run = trainer.part_loss, []
+    from dualreal import loop
+    loss, run = loop.part_loss, []
 
     def poisoned(state, *args):
         run[:] = [state]
         return loss(state, *args) * (factor if state.step == 5 else 1)
-    monkeypatch.setattr(trainer, "part_loss", poisoned)
+    monkeypatch.setattr(loop, "part_loss", poisoned)
     with pytest.raises(FloatingPointError, match="step 6 .* was not taken.*good checkpoint is .*step-4"):
         train(settings(home, tmp_path / "run"), progress=False)
     assert run[0].step == 5
@@ -353,13 +355,13 @@ def test_memory_may_change(home, whole, tmp_path):
                                           ("24", "25.8 GB were predicted: try --memory 16")])
 def test_out_of_memory(home, whole, tmp_path, capsys, monkeypatch, memory, says):
     "One line says which setting would fit; the run can be continued with it."
-    import dualreal.trainer as trainer
-    loss = trainer.part_loss
+    from dualreal import loop
+    loss = loop.part_loss
 
     def full(run, *args):
         if run.step == 5: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return loss(run, *args)
-    monkeypatch.setattr(trainer, "part_loss", full)
+    monkeypatch.setattr(loop, "part_loss", full)
     config = settings(home, tmp_path / "run", memory=memory)
     assert main(command(config)) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -522,7 +524,7 @@ def test_the_best_step_stays(home, whole, tmp_path, capsys):
     _say_best(run)
     line = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert line[:2] == ["dualreal", "generate"] and main([*line[1:-1], f"{tmp_path / 'a.gif'}"]) == 0
-    assert read_adapter(run / "previews/step-4")[1]["steps_done"] == 4
+    assert read_adapter(run / "previews/step-4").info["steps_done"] == 4
 
 
 @pytest.mark.parametrize("when", ["save", "score"])
