@@ -4,12 +4,13 @@
 
 # %% auto 0
 __all__ = ['SIZES', 'SMALL_FILES', 'VIT_H', 'OPEN_CLIP_FILES', 'asset', 'toy_base_path', 'missing_files', 'find_base',
-           'find_sizes', 'load_base', 'base_size', 'check_picture', 'ReferenceEncoder', 'load_reference_encoder',
-           'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
+           'find_sizes', 'load_base', 'base_size', 'check_picture', 'sized', 'ReferenceEncoder',
+           'load_reference_encoder', 'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer',
+           'tiny_pipeline', 'wide_pipeline']
 
 # %% ../nbs/20_backbone.ipynb
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 
@@ -114,12 +115,12 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
               dtype:str|torch.dtype=None # None: bfloat16 on an accelerator, float32 on the CPU
              ) -> CogVideoXPipeline: # frozen, in evaluation mode
     "Load a stock pipeline; `InputError` says what is missing and how to get it."
-    folder, device = find_base(base), pick_device(str(device))
-    if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
-    index = _index(folder)
-    kind = index.get("_class_name", "pipeline of unknown class")
+    folder = find_base(base)
+    kind = _index(folder).get("_class_name", "pipeline of unknown class")
     if kind != "CogVideoXPipeline":
         raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")
+    device = pick_device(str(device))
+    if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
     pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype).to(device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
     return pipe
@@ -156,6 +157,19 @@ def check_picture(base:CogVideoXPipeline|Path, height:int, width:int):
     if config.get("use_learned_positional_embeddings") and (height, width) != (own.height, own.width):
         wrong = f"height {height}, width {width}"
         raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")
+
+# %% ../nbs/20_backbone.ipynb
+def sized(pipe, **given) -> BaseSize: # given: values that are not None come before the base's own
+    "The sizes of a generation; `InputError` for one that this base cannot generate."
+    size = replace(base_size(pipe), **{k: v for k, v in given.items() if v is not None})
+    check_picture(pipe, size.height, size.width)
+    if size.frames < 1 or size.frames % 8 != 1:
+        near = max(1, 8*round((size.frames - 1)/8) + 1)
+        raise InputError(f"{size.frames} frames: this base generates 8k+1 frames (1, 9, 17, …); try {near}")
+    if size.steps < 1: raise InputError(f"steps {size.steps}: give at least 1")
+    if not 0 <= size.guidance < float("inf"):
+        raise InputError(f"guidance {size.guidance}: give a number from 0")
+    return size
 
 # %% ../nbs/20_backbone.ipynb
 class ReferenceEncoder:

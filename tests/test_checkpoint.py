@@ -87,7 +87,8 @@ def test_what_the_file_says(tmp_path):
         assert read_adapter(tmp_path).reference.shape == (1, REFERENCE)
     with pytest.raises(InputError, match=r"\(2, 5\)"):
         save_adapter(adapted(), tmp_path, reference=embedding())
-    assert torch.equal(read_adapter(tmp_path).reference, torch.ones(1, REFERENCE))  # what was saved is still there
+    kept = read_adapter(tmp_path).reference
+    assert torch.equal(kept, torch.ones(1, REFERENCE))  # what was saved is still there
 
 
 def test_folders(tmp_path):
