@@ -28,8 +28,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .bottleneck import BottleneckPair
-from .core import InputError, _fsync, atomic_path, content_hash, write_json
+from .core import InputError, _fsync, atomic_path, write_json
 from .stageblender import FixedBlend, StageBlender
+from .store import fingerprint
 from .tuner import AttentionSite, DualRealConfig, Site, conductor_of
 
 # %% ../nbs/21_checkpoint.ipynb
@@ -269,7 +270,7 @@ def write_step(home,               # the folder of all checkpoints
     tmp = Path(_tempfile.mkdtemp(prefix=".step-", dir=home))
     try:
         write(tmp)
-        write_json(tmp/CHECKSUMS, {p.name: content_hash(p) for p in tmp.iterdir()}) # flushes the folder, too
+        write_json(tmp/CHECKSUMS, {p.name: fingerprint(p) for p in tmp.iterdir()}) # flushes the folder, too
         tmp.chmod(0o755)
         _remove(target) # a damaged one, from before a resume
         os.replace(tmp, target)
@@ -277,7 +278,7 @@ def write_step(home,               # the folder of all checkpoints
     except OSError as e: # said of the folder that people know
         raise OSError(e.errno, e.strerror or str(e), str(target)) from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
-    write_json(home/POINTER, dict(checkpoint=target.name, checksum=content_hash(target/CHECKSUMS)))
+    write_json(home/POINTER, dict(checkpoint=target.name, checksum=fingerprint(target/CHECKSUMS)))
     for old in [p for p in step_folders(home) if _number(p) <= number][keep:]: _remove(old)
     return target
 
@@ -295,7 +296,7 @@ def damage(folder) -> str|None: # None: every file is as it was written
     except (OSError, ValueError, AttributeError): return f"{CHECKSUMS} is damaged"
     for name, checksum in sums:
         if not (folder/name).is_file(): return f"{name} is missing"
-        if content_hash(folder/name) != checksum: return f"{name} is damaged"
+        if fingerprint(folder/name) != checksum: return f"{name} is damaged"
     return None
 
 def _pointed(home):
@@ -315,7 +316,7 @@ def newest_step(home,          # the folder of all checkpoints
     if named and not (home/named).is_dir(): _warn(f"{home/named}: missing, though {POINTER} names it")
     for folder in folders:
         wrong = damage(folder)
-        if not wrong and folder.name == named and content_hash(folder/CHECKSUMS) != checksum:
+        if not wrong and folder.name == named and fingerprint(folder/CHECKSUMS) != checksum:
             wrong = f"not the folder that {POINTER} names"
         if not wrong: return folder, read(folder)
         _warn(f"{folder}: {wrong}; going back to the checkpoint before")

@@ -16,6 +16,7 @@ import numpy as np
 from dualreal.toyworld import (
     ACCESSORIES,
     BACKGROUNDS,
+    HELD_OUT_MOTIONS,
     HELD_OUT_SUBJECTS,
     KINDS,
     MOTIONS,
@@ -26,9 +27,12 @@ from dualreal.toyworld import (
     plate,
     render,
     rgb,
+    write_case,
 )
 
 from .core import InputError
+from .evaluate import WORLDS, World
+from .metrics import Undefined
 
 # %% ../nbs/33_toytruth.ipynb
 @lru_cache
@@ -293,3 +297,24 @@ def identity_scores(r:Reading, subject:Subject) -> dict: # palette, pattern, kin
     palette, pattern = [max(0., 1 - float(d / f)) for d, f in zip(distances(r, subject), _floors())]
     kind = float(seen == subject.kind)
     return dict(palette=palette, pattern=pattern, kind=kind, identity=(palette + pattern + kind) / 3)
+
+# %% ../nbs/33_toytruth.ipynb
+_FRAMES, _SIDES = (3, 128), (16, 128) # fewest and most frames, and pixels of a side
+
+def _check(subject, motion):
+    if subject not in HELD_OUT_SUBJECTS:
+        raise InputError(f"the subject is none of {', '.join(HELD_OUT_SUBJECTS)}")
+    find_motion(motion)
+    if motion == "still": raise InputError("a motion is wanted, not stillness")
+
+def _truth(frames, subject, motion): # palette, pattern, kind, identity, motion: 0 to 1
+    takes = "toyworld's reader takes"
+    if min(frames.shape[1:3]) < _SIDES[0]:
+        raise Undefined(f"{takes} frames of {_SIDES[0]} to {_SIDES[1]} pixels a side")
+    if not _FRAMES[0] <= len(frames) <= _FRAMES[1]:
+        raise Undefined(f"{takes} {_FRAMES[0]} to {_FRAMES[1]} frames")
+    r = read(frames)
+    return dict(identity_scores(r, HELD_OUT_SUBJECTS[subject]), motion=motion_score(read_tracks(r), motion))
+
+WORLDS["toy"] = World("toy", tuple(HELD_OUT_SUBJECTS), tuple(HELD_OUT_MOTIONS), _check, _truth, write_case,
+                      "toytruth", _FRAMES[1], _SIDES[1])

@@ -43,11 +43,12 @@ from . import checkpoint as store
 from .backbone import base_size, find_sizes, load_base, load_reference_encoder
 from .checkpoint import FILE, adapter_tensors, find_adapter, read_adapter, save_adapter
 from .data import Item, load_case, read_item
-from .encode import Encoded, EncodedCase, check_prompt, check_writable, encode_case, encode_prompt, release
+from .encode import Encoded, EncodedCase, check_prompt, encode_case, encode_prompt, release
 from .generate import generate, sized
 from .memory import Plan, StepSize, adamw, advice, apply, budget_bytes, compile_blocks, plan
 from .objective import denoising_loss
 from .settings import BaseSize, TrainConfig, completed
+from .store import check_writable
 from .switch import TrainingSwitch, focus, parts_of
 from .tuner import DualRealConfig, blend_weights, check_attachable
 from .video import contact_sheet, write_video

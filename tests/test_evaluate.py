@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import dualreal.evaluate as module
+import dualreal.store as store
 from dualreal.cli import main
 from dualreal.encoders import ExportedMidpoint, Missing
 from dualreal.evaluate import METRICS, References, Scorer, evaluate, score_frames, status
@@ -321,7 +322,7 @@ def test_results_that_cannot_be_kept(fakes, monkeypatch):
     "A full cache is not the video's fault: no row, and nothing computed is called unreadable."
     write_video("videos/a.mp4", noise())
     def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(module, "write_json", full)
+    monkeypatch.setattr(store, "write_json", full)
     with pytest.raises(RuntimeError, match="results cannot be kept.*No space left"): score(fakes)
 
 
