@@ -34,14 +34,13 @@ from tqdm import tqdm
 from .. import metrics
 from ..backbone import asset, base_size, find_base
 from ..core import InputError, environment, pick_device, write_json
-from ..data import first_frame, identity_files, load_case, motion_files
+from ..data import first_frame, identity_files, joint_prompt, load_case, motion_files
 from ..evaluate import References, encoder_names, score_frames
 from ..metrics import METRICS, bootstrap, macro_average
 from ..settings import PUBLISHED, BaseSize, TrainConfig
 from ..store import Store, cache_folder
 from ..store import fingerprint as content_hash
 from ..toyworld import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS, write_case
-from ..trainer import joint_prompt
 from ..video import write_video
 from .baselines import DualReal, find_method, seen
 
