@@ -96,7 +96,8 @@ def _cat(u, v):
 @_kind(eyes=(0, -.16, .24), top=(0, -.62), neck=(.4, .5))
 def _bear(u, v):
     a = np.abs(u)
-    body = _union(_circle(u, v, 0, -.12, .54), _ellipse(u, v, 0, .42, .62, .46), _circle(a, v, .46, -.54, .22))
+    body = _union(_circle(u, v, 0, -.12, .54), _ellipse(u, v, 0, .42, .62, .46),
+                  _circle(a, v, .46, -.54, .22))
     return body, [(_ellipse(u, v, 0, .06, .22, .16), "light")]
 
 @_kind(eyes=(0, .1, .22), top=(0, -.24), neck=(.58, .42))
