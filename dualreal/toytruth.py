@@ -68,7 +68,7 @@ def _foreground(frames:np.ndarray, # uint8 (F, H, W, 3)
     return np.clip((_smooth(distance) - 30) / 30, 0, 1)
 
 # %% ../nbs/33_toytruth.ipynb
-_SIDE, _SPAN, _TURNS = 32, 1.75, 48 # samples per side of a crop; half its width in subject radii; angles tried
+_SIDE, _SPAN, _TURNS = 32, 1.75, 48 # samples a side of a crop; half its width in subject radii; angles tried
 
 def _crops(images:np.ndarray, # float32 (F, H, W, C)
            x, y, radius, angle # where to look, pixels and radians clockwise; each (F, P) or broadcast to it
