@@ -9,7 +9,7 @@ __all__ = ['FILE', 'adapter_tensors', 'published_state', 'inferred_config', 'Ada
 # %% ../nbs/21_checkpoint.ipynb
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch

@@ -149,7 +149,8 @@ def run_train(args):
 
 def _warn(config):
     "What `check` would warn of without reading a file, once, and what is going to happen."
-    from dualreal.data import case_warnings, load_case
+    from dualreal.data import load_case
+    from dualreal.doctor import case_warnings
     if os.environ.get("RANK", "0") != "0": return
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     for text in case_warnings(case): print(text)
@@ -179,7 +180,7 @@ def _say_best(out):
 
 def _step_log(path):
     "What `train` calls after each step: one line more."
-    from dualreal.encode import check_writable
+    from dualreal.store import check_writable
     if Path(path).is_dir(): raise InputError(f"--log {path}: is a folder; give the name of a file")
     check_writable(Path(path).parent, "give another --log FILE").mkdir(parents=True, exist_ok=True)
     def write(run, row):
@@ -222,8 +223,8 @@ def run_generate(args):
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
     from dualreal.checkpoint import read_adapter
-    from dualreal.encode import check_writable
     from dualreal.generate import CACHES, generate, sized
+    from dualreal.store import check_writable
     if args.approximate not in (None, *CACHES):
         raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
     check_writable(out.parent, "give another --out")
@@ -310,6 +311,7 @@ def _reference(args, info, stored):
 # %% ../nbs/52_cli.ipynb
 def run_evaluate(args):
     "dualreal evaluate: a folder of videos to metrics, tables and contact sheets."
+    import dualreal.toytruth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.evaluate import evaluate, status
     from dualreal.report import cells, write_pages
     names = "videos identity motion prompts encoders out weights flow midpoint device truth cache".split()
@@ -347,7 +349,8 @@ def run_check(args):
     from transformers import AutoTokenizer
 
     from dualreal.backbone import base_size, check_picture, find_sizes
-    from dualreal.data import MIN_CLIP, case_sheet, check_case, format_report, load_case
+    from dualreal.data import MIN_CLIP, load_case
+    from dualreal.doctor import case_sheet, check_case, format_report
     from dualreal.video import FITS
     case = load_case(args.identity, args.motion, args.identity_prompt, args.motion_prompt)
     folder = find_sizes(args.base)
@@ -397,7 +400,7 @@ def _settings(tensors, info, path):
 def run_convert(args):
     "dualreal convert: between our file and the published dictionary; --fold for one reference."
     from dualreal.checkpoint import SCALE, find_adapter, read_adapter
-    from dualreal.encode import check_writable
+    from dualreal.store import check_writable
     source, target = find_adapter(args.source), Path(args.target)
     tensors, info, stored = read_adapter(source)
     if target.suffix not in (".safetensors", ".pth"):
@@ -486,7 +489,7 @@ _DEMO = ("subject", "motion", "steps", "seed")
 
 def _check_demo(args, out):
     "`InputError` for an unknown subject or motion, or a folder that holds another demo."
-    from dualreal.encode import check_writable
+    from dualreal.store import check_writable
     from dualreal.toyworld import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS
     for name, known in ((args.subject, HELD_OUT_SUBJECTS), (args.motion, HELD_OUT_MOTIONS)):
         if name not in known:

@@ -5,7 +5,8 @@
 # %% auto 0
 __all__ = ['POLICIES', 'run_block', 'blocks_of', 'set_policies', 'places_of', 'frozen_of', 'BlockStream', 'castable', 'store_fp8',
            'adamw', 'LiveBytes', 'kind_of', 'stand_in', 'StepSize', 'simulate', 'Plan', 'Needs', 'lines', 'needs',
-           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'advice', 'compile_blocks', 'attention_backends']
+           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'place_by_plan', 'check_wishes', 'advice',
+           'compile_blocks', 'attention_backends']
 
 # %% ../nbs/23_memory.ipynb
 import json
@@ -400,6 +401,19 @@ def apply(transformer,     # with its adapter; in main memory, if it does not fi
     for t in [*transformer.parameters(), *transformer.buffers()]:
         if id(t) not in waiting: t.data = t.data.to(device)
     return BlockStream(blocks, device) if len(blocks) else None
+
+def place_by_plan(pipe, config, device) -> Plan: # config: of `TrainConfig`, completed
+    "Plan a training step on a pipeline, whose transformer has its adapter, and carry it out."
+    stride = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    size = StepSize(config.height, config.width, config.frames, config.micro_batch, stride)
+    made = plan(pipe.transformer, size, config.memory, device, config.eight_bit, config.fp8)
+    apply(pipe.transformer, made, device)
+    return made
+
+def check_wishes(config, device):
+    "`InputError` for a budget that no plan can have, or 8-bit Adam where it is not installed."
+    if config.memory is not None: budget_bytes(config.memory, device)
+    if config.eight_bit: adamw([torch.nn.Parameter(torch.zeros(1))], eight_bit=True)
 
 def advice(plan:Plan) -> str:
     "What to say when memory runs out all the same."

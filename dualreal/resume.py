@@ -26,10 +26,10 @@ import torch
 from accelerate.utils import gather_object
 
 from .checkpoint import adapter_tensors, read_adapter, save_adapter
-from .core import InputError, atomic_path, content_hash, environment, fsync, write_json
-from .encode import check_writable
+from .core import InputError, atomic_path, environment, fsync, write_json
 from .loop import Run
 from .settings import TrainConfig
+from .store import check_writable, fingerprint
 
 # %% ../nbs/26_resume.ipynb
 _CHECKSUMS, _POINTER = "checksums.json", "latest"
@@ -51,7 +51,7 @@ def write_step(home,               # the folder of all checkpoints
     tmp = Path(_tempfile.mkdtemp(prefix=".step-", dir=home))
     try:
         write(tmp)
-        write_json(tmp/_CHECKSUMS, {p.name: content_hash(p) for p in tmp.iterdir()}) # flushes the folder, too
+        write_json(tmp/_CHECKSUMS, {p.name: fingerprint(p) for p in tmp.iterdir()}) # flushes the folder, too
         tmp.chmod(0o755)
         _remove(target) # a damaged one, from before a resume
         os.replace(tmp, target)
@@ -59,7 +59,7 @@ def write_step(home,               # the folder of all checkpoints
     except OSError as e: # said of the folder that people know
         raise OSError(e.errno, e.strerror or str(e), str(target)) from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
-    write_json(home/_POINTER, dict(checkpoint=target.name, checksum=content_hash(target/_CHECKSUMS)))
+    write_json(home/_POINTER, dict(checkpoint=target.name, checksum=fingerprint(target/_CHECKSUMS)))
     for old in [p for p in step_folders(home) if _number(p) <= number][keep:]: _remove(old)
     return target
 
@@ -77,7 +77,7 @@ def damage(folder) -> str|None: # None: every file is as it was written
     except (OSError, ValueError, AttributeError): return f"{_CHECKSUMS} is damaged"
     for name, checksum in sums:
         if not (folder/name).is_file(): return f"{name} is missing"
-        if content_hash(folder/name) != checksum: return f"{name} is damaged"
+        if fingerprint(folder/name) != checksum: return f"{name} is damaged"
     return None
 
 def _pointed(home):
@@ -97,7 +97,7 @@ def _newest_step(home,          # the folder of all checkpoints
     if named and not (home/named).is_dir(): _warn(f"{home/named}: missing, though {_POINTER} names it")
     for folder in folders:
         wrong = damage(folder)
-        if not wrong and folder.name == named and content_hash(folder/_CHECKSUMS) != checksum:
+        if not wrong and folder.name == named and fingerprint(folder/_CHECKSUMS) != checksum:
             wrong = f"not the folder that {_POINTER} names"
         if not wrong: return folder, read(folder)
         _warn(f"{folder}: {wrong}; going back to the checkpoint before")

@@ -17,9 +17,10 @@ def option(default,           # its value where nothing is said; ...: it must be
            unit:str="",       # "pixels", "steps", …
            least=None,        # the smallest number it may be
            above=None,        # a number that it must exceed
+           most=None,         # the largest number it may be
            choices:tuple=()): # the words it may be
     "A field of a dataclass of settings."
-    told = dict(help=text, unit=unit, least=least, above=above, choices=choices)
+    told = dict(help=text, unit=unit, least=least, above=above, most=most, choices=choices)
     return field(metadata=told) if default is ... else field(default=default, metadata=told)
 
 # %% ../nbs/10_settings.ipynb
@@ -55,7 +56,7 @@ class TrainConfig:
     groups: int | None = option(None, "groups of blocks with weights of their own", least=1)
     controller: bool = option(True, "False: fixed weights")
     scale: float | None = option(None, "total of both weights")
-    motion_ratio: float | None = option(None, "probability of a motion step")
+    motion_ratio: float | None = option(None, "probability of a motion step", least=0, most=1)
     gradient_mask: bool = option(True, "False: both sides always learn")
     batch_motion: int | None = option(None, "clips in a motion step", least=1)
     batch_identity: int | None = option(None, "images in an identity step", least=1)
@@ -99,7 +100,9 @@ def checked(config):
     for one in fields(config):
         value, told = getattr(config, one.name), one.metadata
         if value is None: continue
-        least, above, choices = (told.get(k) for k in ("least", "above", "choices"))
+        least, above, most, choices = (told.get(k) for k in ("least", "above", "most", "choices"))
+        if most is not None and not least <= value <= most:
+            raise InputError(f"{one.name} {value}: give a number between {least} and {most}")
         if least is not None and not value >= least: # not: refuses nan
             raise InputError(f"{one.name} {value}: give at least {least}")
         if above is not None and not above < value < math.inf:
@@ -115,4 +118,7 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
     missing = {k: v for k, v in own.items() if getattr(config, k, 0) is None}
     done = replace(config, **missing)
     if done.warmup is None: done.warmup = min(200, done.steps // 5)
+    if done.memory is None and (done.eight_bit or done.fp8): done.memory = "auto" # they mean a plan
+    if done.memory is not None and done.gradient_checkpointing is not None:
+        raise InputError("memory and gradient_checkpointing: give one, the plan for the memory decides both")
     return checked(done)

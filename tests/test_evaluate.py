@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import dualreal.evaluate as module
+import dualreal.store as store
 from dualreal.cli import main
 from dualreal.encoders import ExportedMidpoint, Missing
 from dualreal.evaluate import METRICS, References, Scorer, evaluate, score_frames, status
@@ -27,7 +29,7 @@ from dualreal.report import write_pages
 from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
 from dualreal.video import read_video, stream_video, write_video
 
-HAS_DECORD = module.util.find_spec("decord") is not None
+HAS_DECORD = find_spec("decord") is not None
 
 
 class Means:
@@ -321,7 +323,7 @@ def test_results_that_cannot_be_kept(fakes, monkeypatch):
     "A full cache is not the video's fault: no row, and nothing computed is called unreadable."
     write_video("videos/a.mp4", noise())
     def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(module, "write_json", full)
+    monkeypatch.setattr(store, "write_json", full)
     with pytest.raises(RuntimeError, match="results cannot be kept.*No space left"): score(fakes)
 
 

@@ -23,9 +23,10 @@ from dualreal.backbone import load_base, tiny_pipeline
 from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
-from dualreal.encode import Cache, encode_case
+from dualreal.encode import encode_case
 from dualreal.resume import checkpoints
 from dualreal.settings import BaseSize, TrainConfig, completed
+from dualreal.store import Store
 from dualreal.trainer import joint_prompt
 from dualreal.tuner import DualRealConfig
 from dualreal.video import write_video
@@ -446,12 +447,12 @@ def test_full_disk_during_a_checkpoint(home, small_disk, capsys, monkeypatch):
 
 
 def test_full_disk_during_encoding(small_disk):
-    cache = Cache(small_disk / "cache")
-    kept = cache.get("aa", lambda: dict(x=torch.ones(10)))
+    cache = Store(small_disk / "cache")
+    kept = cache.tensors("aa", lambda: dict(x=torch.ones(10)))
     fill(small_disk, 20_000)
-    with pytest.raises(OSError) as caught: cache.get("bb", lambda: dict(x=torch.ones(100_000)))
+    with pytest.raises(OSError) as caught: cache.tensors("bb", lambda: dict(x=torch.ones(100_000)))
     assert caught.value.errno == errno.ENOSPC and "cache" in str(caught.value.filename)
-    assert torch.equal(cache.get("aa", None)["x"], kept["x"])
+    assert torch.equal(cache.tensors("aa", None)["x"], kept["x"])
     assert [p.name for p in small_disk.rglob("*.safetensors")] == ["aa.safetensors"]
 
 

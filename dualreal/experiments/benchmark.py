@@ -33,16 +33,15 @@ from tqdm import tqdm
 
 from .. import metrics
 from ..backbone import asset, base_size, find_base
-from ..core import InputError, content_hash, environment, pick_device, write_json
-from ..data import first_frame, identity_files, load_case, motion_files
-from ..encode import cache_folder
-from ..evaluate import References, Results, encoder_names, score_frames
+from ..core import InputError, environment, pick_device, write_json
+from ..data import first_frame, identity_files, joint_prompt, load_case, motion_files
+from ..evaluate import References, encoder_names, score_frames
 from ..metrics import METRICS, bootstrap, macro_average
-from ..toyworld import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS, write_case
 from ..settings import PUBLISHED, BaseSize, TrainConfig
-from ..trainer import joint_prompt
+from ..store import Store, cache_folder
+from ..store import fingerprint as content_hash
+from ..toyworld import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS, write_case
 from ..video import write_video
-
 from .baselines import DualReal, find_method, seen
 
 # %% ../../nbs/41_benchmark.ipynb
@@ -288,7 +287,7 @@ def _wanted(net): # how it gets to where it is looked for: there is no folder of
 class Metrics:
     "The seven metrics against the case's pictures and clips; null with a reason where one is undefined."
     def __init__(self, case, info, which): # case: `Case`; info: dict(subject=, motion=)
-        self.nets, kept = _encoders(which), Results(cache_folder()/"evaluate")
+        self.nets, kept = _encoders(which), Store(cache_folder()/"evaluate")
         pictures = [first_frame(i) for i in case.identity] # of the published layout, some are videos
         self.references = References(pictures, [i.path for i in case.motion], kept)
         self.encoders = encoder_names(self.nets)
