@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['SIZES', 'SMALL_FILES', 'VIT_H', 'OPEN_CLIP_FILES', 'asset', 'toy_base_path', 'missing_files', 'find_base',
-           'find_sizes', 'load_base', 'base_size', 'check_picture', 'sized', 'ReferenceEncoder',
+           'find_sizes', 'load_base', 'base_size', 'check_picture', 'sized', 'video_size', 'ReferenceEncoder',
            'load_reference_encoder', 'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer',
            'tiny_pipeline', 'wide_pipeline']
 
@@ -159,10 +159,10 @@ def check_picture(base:CogVideoXPipeline|Path, height:int, width:int):
         raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")
 
 # %% ../nbs/20_backbone.ipynb
-def sized(pipe, **given) -> BaseSize: # given: values that are not None come before the base's own
+def sized(base, **given) -> BaseSize: # a pipeline, or its folder; given: values that are not None come before the base's own
     "The sizes of a generation; `InputError` for one that this base cannot generate."
-    size = replace(base_size(pipe), **{k: v for k, v in given.items() if v is not None})
-    check_picture(pipe, size.height, size.width)
+    size = replace(base_size(base), **{k: v for k, v in given.items() if v is not None})
+    check_picture(base, size.height, size.width)
     if size.frames < 1 or size.frames % 8 != 1:
         near = max(1, 8*round((size.frames - 1)/8) + 1)
         raise InputError(f"{size.frames} frames: this base generates 8k+1 frames (1, 9, 17, …); try {near}")
@@ -170,6 +170,16 @@ def sized(pipe, **given) -> BaseSize: # given: values that are not None come bef
     if not 0 <= size.guidance < float("inf"):
         raise InputError(f"guidance {size.guidance}: give a number from 0")
     return size
+
+# %% ../nbs/20_backbone.ipynb
+def video_size(base,               # a pipeline, or its folder (nothing is loaded then)
+               config) -> BaseSize: # of `TrainConfig`
+    "The size of a training run's videos; `InputError` for what this base cannot be trained on."
+    if _shape(base)[0].get("patch_size_t"):
+        raise InputError(f"{config.base}: CogVideoX 1.5 (patches in time) cannot be trained yet; use 1.0")
+    own = base_size(base)
+    frames = 8 * max(1, ((config.frames or own.frames) - 1) // 8) + 1 # what the VAE can return
+    return sized(base, height=config.height, width=config.width, frames=frames)
 
 # %% ../nbs/20_backbone.ipynb
 class ReferenceEncoder:

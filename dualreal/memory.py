@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['POLICIES', 'run_block', 'blocks_of', 'set_policies', 'places_of', 'frozen_of', 'BlockStream', 'castable', 'store_fp8',
            'adamw', 'LiveBytes', 'kind_of', 'stand_in', 'StepSize', 'simulate', 'Plan', 'Needs', 'lines', 'needs',
-           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'place_by_plan', 'check_wishes', 'advice',
-           'compile_blocks', 'attention_backends']
+           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'place', 'check_wishes', 'advice', 'compile_blocks',
+           'attention_backends']
 
 # %% ../nbs/23_memory.ipynb
 import json
@@ -402,12 +402,18 @@ def apply(transformer,     # with its adapter; in main memory, if it does not fi
         if id(t) not in waiting: t.data = t.data.to(device)
     return BlockStream(blocks, device) if len(blocks) else None
 
-def place_by_plan(pipe, config, device) -> Plan: # config: of `TrainConfig`, completed
-    "Plan a training step on a pipeline, whose transformer has its adapter, and carry it out."
-    stride = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
-    size = StepSize(config.height, config.width, config.frames, config.micro_batch, stride)
-    made = plan(pipe.transformer, size, config.memory, device, config.eight_bit, config.fp8)
-    apply(pipe.transformer, made, device)
+def place(pipe, config, device) -> Plan | None: # config: of `TrainConfig`, completed; None: as a whole
+    "Move a pipeline's transformer, with what learns in it, to the device: as a whole, or by a plan."
+    made, thrifty = None, config.gradient_checkpointing
+    if config.memory is not None:
+        stride = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+        size = StepSize(config.height, config.width, config.frames, config.micro_batch, stride)
+        made = plan(pipe.transformer, size, config.memory, device, config.eight_bit, config.fp8)
+        apply(pipe.transformer, made, device)
+    else:
+        pipe.transformer.to(device)
+        if device.type != "cpu" if thrifty is None else thrifty: pipe.transformer.enable_gradient_checkpointing()
+    if config.compile: compile_blocks(pipe.transformer, dynamic=False) # one for clips, one for pictures
     return made
 
 def check_wishes(config, device):

@@ -23,9 +23,10 @@ from ..data import load_case
 from ..encode import Encoded, encode_frames
 from ..generate import generate_all
 from ..loop import Course, Run, batches_of, dual_course, loop, take_up
+from ..memory import place
 from ..settings import TrainConfig
 from ..switch import TrainingSwitch
-from ..trainer import place, prepare, set_up
+from ..trainer import prepare, set_up
 from ..tuner import DualRealConfig
 from ..video import read_video
 
@@ -87,7 +88,7 @@ class Method:
     def prepare(self, config:TrainConfig) -> Run:
         "Load, check, encode."
         given = set_up(replace(config, **self.settings), progress=False)
-        return Run(given, place(given))
+        return Run(given, place(given.pipe, given.config, given.accelerator.device))
 
     def train(self, run:Run, on_step=None):
         "Make `run.pipe` what `generate` needs."
