@@ -426,8 +426,9 @@ def _demo_scores(config) -> dict: # column -> a row for each of its videos
     out = Path(config.out)
     def scores(path):
         r = read(read_video(path)[0])
-        found = dict(file=path.relative_to(out).as_posix(), motion=motion_score(read_tracks(r), config.motion))
-        return found | identity_scores(r, HELD_OUT_SUBJECTS[config.subject])
+        own = identity_scores(r, HELD_OUT_SUBJECTS[config.subject])
+        motion = motion_score(read_tracks(r), config.motion)
+        return dict(file=path.relative_to(out).as_posix(), motion=motion, **own)
     files = dict(base=[out/"base.mp4"], DualReal=sorted((out/"run"/"samples").glob("*.mp4")),
                  reference=[out/"truth.mp4"])
     return {column: [scores(p) for p in paths] for column, paths in files.items()}

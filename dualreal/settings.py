@@ -12,13 +12,14 @@ import argparse
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from typing import get_args
 
 from .core import InputError
 
 # %% ../nbs/10_settings.ipynb
 def option(default,           # its value where nothing is said; ...: it must be given
-           text:str,          # what it means, as a flag's help says it; of a bool that is True: what False does
+           text:str,          # what it means, as a flag's help says it; of True: "False: …", what it changes
            unit:str="",       # "pixels", "steps", …
            unset:str="",      # what None stands for
            least=None,        # the smallest number it may be
@@ -61,14 +62,21 @@ def checked(config):
     for one in fields(config):
         value, told = getattr(config, one.name), one.metadata
         if value is None: continue
-        least, above, choices = (told.get(k) for k in ("least", "above", "choices"))
+        least, most, above = (told.get(k) for k in ("least", "most", "above"))
         if least is not None and not value >= least: # not: refuses nan
             raise InputError(f"{one.name} {value}: give at least {least}")
+        if most is not None and not value <= most:
+            raise InputError(f"{one.name} {value}: give at most {most}")
         if above is not None and not above < value < math.inf:
             raise InputError(f"{one.name} {value}: give a positive number")
-        if choices and value not in choices:
-            raise InputError(f"{one.name} {value!r}: give {' or '.join(map(repr, choices))}")
+        if told.get("choices"): _one_of(told["choices"], value, f"{one.name} ")
     return config
+
+def _one_of(choices, word, name="", error=InputError):
+    "The word, if it is among the choices."
+    if word in choices: return word
+    *others, last = map(repr, choices)
+    raise error(f"{name}{word!r}: give {', '.join(others)} or {last}")
 
 # %% ../nbs/10_settings.ipynb
 @dataclass(frozen=True)
@@ -110,7 +118,8 @@ class TrainConfig:
     steps: int | None = option(None, "optimisation steps", "steps", _own("steps"), least=1)
     seed: int = option(42, "of everything random", least=0)
     rank: int | None = option(None, "width of the bottlenecks", "channels", _own("rank"), least=1)
-    groups: int | None = option(None, "groups of blocks with weights of their own", "", _own("groups"), least=1)
+    groups: int | None = option(None, "groups of blocks with weights of their own", "", _own("groups"),
+                                least=1)
     controller: bool = option(True, "False: fixed weights")
     scale: float | None = option(None, "total of both weights", "", _own("scale"))
     motion_ratio: float | None = option(None, "probability of a motion step", "", _own("motion_ratio"))
@@ -132,22 +141,25 @@ class TrainConfig:
     height: int | None = option(None, "of the frames", "pixels", _OWN, least=1)
     width: int | None = option(None, "of the frames", "pixels", _OWN, least=1)
     frames: int | None = option(None, "frames of a clip, at most", "frames", _OWN, least=5)
-    fps: float | None = option(None, "take clips' frames at this rate", "frames a second", "every frame", above=0)
+    fps: float | None = option(None, "take clips' frames at this rate", "frames a second", "every frame",
+                               above=0)
     fit: str = option("crop", "crop or pad: what becomes of pictures of other proportions",
                       choices=("crop", "pad"))
     reference_encoder: str | None = option(None, "a path, a Hub id, or none", "", _OWN)
     reference_norm: str = option("clip", "clip, or published: as public checkpoints were trained",
                                  choices=("clip", "published"))
     gradient_checkpointing: bool | None = option(None, "less memory, more time", "", "on a GPU")
-    memory: str | None = option(None, "auto, 80, 40, 24, 16, 12 or other GB: plan the steps for it, same results",
-                                "GB", "no plan", suggest=("auto", "12", "16", "24", "40", "80"))
+    memory: str | None = option(None, "auto, 80, 40, 24, 16, 12 or other GB: plan the steps for it, "
+                                "same results", "GB", "no plan",
+                                suggest=("auto", "12", "16", "24", "40", "80"))
     eight_bit: bool = option(False, "Adam's states in eight bits (bitsandbytes)")
     fp8: bool = option(False, "APPROXIMATE: frozen weights in eight bits")
     compile: bool = option(False, "compile the blocks: faster steps on a GPU")
     save_every: int = option(100, "steps between checkpoints; 0: the last one only", "steps", least=0)
     keep: int = option(3, "newest checkpoints that stay", least=1)
     preview_every: int = option(0, "steps between preview videos; 0: none", "steps", least=0)
-    trackers: str | None = option(None, "tensorboard, wandb, or none", "", "tensorboard, where it is installed")
+    trackers: str | None = option(None, "tensorboard, wandb, or none", "",
+                                  "tensorboard, where it is installed")
     prompts: list | None = option(None, "of previews and final videos (may be repeated)", "",
                                   "made of the captions", flag="prompt")
     samples: int = option(4, "videos made at the end", "videos", least=0)
@@ -173,7 +185,7 @@ class WatchConfig:
     "What is told of a training run while it lasts."
     log: str | None = option(None, "append each step's numbers, one JSON object a line", shown="FILE.jsonl")
     score_previews: str | None = option(
-        None, "measure previews and mark the best step, by toy, published or auto networks (those of the base)",
+        None, "measure previews and mark the best step; toy, published or auto networks: those of the base",
         shown="SET", bare="auto", choices=("auto", "toy", "published"))
 
 # %% ../nbs/10_settings.ipynb
@@ -206,9 +218,10 @@ class GenerateConfig:
     base: str | None = _like(TrainConfig, "base", None, unset="the base that the adapter names")
     seed: int = _like(TrainConfig, "seed")
     dial: float = option(0., "-1 (motion) to 1 (identity); 0 leaves the controller alone", least=-1, most=1)
-    reference: str | None = option(None, "picture of the subject", unset="stored in the adapter", shown="IMAGE")
+    reference: str | None = option(None, "picture of the subject", unset="stored in the adapter",
+                                   shown="IMAGE")
     reference_encoder: str | None = option(None, "for --reference: a path or a Hub id", unset=_TRAINED)
-    reference_norm: str | None = option(None, "clip or published", unset=_TRAINED, choices=("clip", "published"))
+    reference_norm: str | None = _like(TrainConfig, "reference_norm", None, unset=_TRAINED)
     height: int | None = option(None, "of the frames", "pixels", _TRAINED)
     width: int | None = option(None, "of the frames", "pixels", _TRAINED)
     frames: int | None = option(None, "frames of the video, 8k+1: 1, 9, 17, …", "frames", _TRAINED)
@@ -236,7 +249,8 @@ class EvaluateConfig:
                                  shown="FILE")
     encoders: str = option("published", "published, toy (knows toyworld only), random (a test)",
                            choices=("published", "toy", "random"), shown="SET")
-    weights: str | None = option(None, "folder of published weights", unset="the Hub and its cache", shown="DIR")
+    weights: str | None = option(None, "folder of published weights", unset="the Hub and its cache",
+                                 shown="DIR")
     flow: str | None = option(None, "raft, or dis: OpenCV's, without weights", unset="that of the set",
                               choices=("raft", "dis"), shown="NAME")
     midpoint: str | None = option(None, "exported interpolator (.pt2, TorchScript)", unset="warping",
@@ -250,8 +264,8 @@ class EvaluateConfig:
 @dataclass
 class BenchConfig:
     "Which results of a benchmark are wanted, and where they are made."
-    action: str = option(..., "what to do with the results", choices=("run", "status", "report", "search", "data"),
-                         place=True)
+    action: str = option(..., "run, status, report, search or data", shown="ACTION", place=True,
+                         choices=("run", "status", "report", "search", "data"))
     bench: str = option("toy", "toy, published, or a JSON file")
     base: str | None = option(None, "another base", unset="the benchmark's")
     methods: str | None = option(None, "methods or tables, with commas", unset="all tables")
@@ -345,8 +359,10 @@ def _value(one):
         action = {None: argparse.BooleanOptionalAction, True: "store_false", False: "store_true"}
         return dict(action=action[one.default])
     if kind is list: return dict(action="append", metavar=told["shown"] or "TEXT")
-    how = dict(type=kind, metavar=told["shown"] or (None if told["choices"] else _SHOWN[kind]))
-    if told["choices"]: how["choices"] = told["choices"]
+    how = dict(type=kind, metavar=told["shown"] or _SHOWN[kind])
+    if told["choices"]:
+        how["type"] = partial(_one_of, told["choices"], error=argparse.ArgumentTypeError)
+        how["metavar"] = told["shown"] or f"{{{','.join(told['choices'])}}}"
     if told["bare"]: how |= dict(nargs="?", const=told["bare"])
     return how
 
