@@ -51,7 +51,7 @@ def _case(config:TrainConfig):
 
 # %% ../nbs/51_studio.ipynb
 def _keep_uploads(files,  # `FileUpload.value`: dictionaries with name and content
-                 folder) -> Path: # it, or the first of folder-2, folder-3, … that is free
+                  folder) -> Path: # it, or the first of folder-2, folder-3, … that is free
     "Write uploaded files into a new folder, under their own names: an earlier subject's pictures stay apart."
     wanted = folder = check_writable(folder, "give another folder")
     numbers = itertools.count(2)
@@ -224,8 +224,8 @@ class _Maker:
 
 # %% ../nbs/51_studio.ipynb
 def _dialled(weights,         # (steps, groups) as recorded
-            dial:float, recorded:float=0., # where the dial was then
-            scale:float=.2):
+             dial:float, recorded:float=0., # where the dial was then
+             scale:float=.2):
     "The weights as the dial moves them."
     return (weights + (dial - recorded) * scale / 2).clamp(0, scale)
 
@@ -240,7 +240,7 @@ _DRAWING = threading.Lock() # pyplot keeps its figures in one place
 def _inside(data:bytes, kind): return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 def _picture(image, # PIL image, or a function that makes a matplotlib figure
-            says:str) -> str:
+             says:str) -> str:
     "HTML of a picture."
     from matplotlib.pyplot import close
     buffer = BytesIO()
@@ -338,8 +338,9 @@ def _told(cls, name): return {one.name: one for one in fields(cls)}[name].metada
 def _entry(kind, cls, name, **more): # kind: a class of widgets; more: what only the page decides
     "A widget for a setting."
     told, default = _told(cls, name), getattr(cls, name, None) # no attribute: it must be given
-    known = dict(description=told["label"] or name.capitalize(), placeholder=told["help"], tooltip=told["help"],
-                 min=told["least"], max=told["most"], options=told["choices"] or told["suggest"], value=default)
+    known = dict(description=told["label"] or name.capitalize(), value=default, min=told["least"],
+                 max=told["most"], options=told["choices"] or told["suggest"], tooltip=told["help"],
+                 placeholder=told["help"])
     fits = {k: v for k, v in known.items() if v not in (None, ()) and k in kind.class_trait_names()}
     return kind(**{"layout": _SHORT if issubclass(kind, (w.IntText, w.Dropdown)) else _WIDE, **fits, **more})
 
@@ -410,7 +411,8 @@ class _TrainPanel(_Panel):
     def __init__(self, out, case):
         self.out, self.case, self.chart, self.films, self.watcher = out, case, w.HTML(), w.HTML(), None
         self.name = w.Text("run", description="Run", layout=_SHORT)
-        sizes = [("all there is" if n == "auto" else f"{n} GB", n) for n in _told(TrainConfig, "memory")["suggest"]]
+        known = _told(TrainConfig, "memory")["suggest"]
+        sizes = [("all there is" if n == "auto" else f"{n} GB", n) for n in known]
         self.memory = _entry(w.Dropdown, TrainConfig, "memory", options=sizes)
         self.steps = _entry(w.BoundedIntText, TrainConfig, "steps", value=0, min=0, max=10**6)
         self.previews = w.BoundedIntText(4, 0, 100, description="Previews", layout=_SHORT)
@@ -429,8 +431,8 @@ class _TrainPanel(_Panel):
     def training(self): return _Training(self.out, self.name.value.strip())
 
     def settings(self, **more):
-        steps = self.steps.value or None
-        return self.case.settings(memory=self.memory.value, steps=steps, seed=self.seed.value, samples=2, **more)
+        said = dict(memory=self.memory.value, steps=self.steps.value or None, seed=self.seed.value)
+        return self.case.settings(**said, samples=2, **more)
 
     def resume(self): self.start(resume=True)
 
@@ -505,7 +507,8 @@ class _AskPanel(_Panel):
         self.adapter.observe(lambda _: self.guarded(self.picked), "value")
 
     def draw(self):
-        if self.weights: self.map.value = _weights_picture(self.weights[0], self.dial.value, *self.weights[1:])
+        if not self.weights: return
+        self.map.value = _weights_picture(self.weights[0], self.dial.value, *self.weights[1:])
 
     def picked(self):
         "The weights that the adapter's first recorded video has; its prompt, where none is typed."
@@ -651,7 +654,10 @@ def _page_files(folder:Path, out, workdir) -> Path: # the notebook
     return folder/"studio.ipynb"
 
 # %% ../nbs/51_studio.ipynb
-def serve(out=StudioConfig.out, port:int=StudioConfig.port, browser=StudioConfig.browser) -> int: # the server's status
+def serve(out=StudioConfig.out,        # folder of uploads, runs and videos
+          port:int=StudioConfig.port,
+          browser=StudioConfig.browser # whether to open one
+         ) -> int:                     # the server's status
     "Serve the studio on this machine only, until Ctrl-C."
     if importlib.util.find_spec("voila") is None:
         raise InputError("the studio's page needs Voilà: pip install 'dualreal[studio]', or '.[studio]' "
