@@ -183,9 +183,11 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
 @dataclass
 class WatchConfig:
     "What is told of a training run while it lasts."
-    log: str | None = option(None, "append each step's numbers, one JSON object a line", shown="FILE.jsonl")
+    log: str | None = option(None, "append each step's numbers, one JSON object a line", unset="no such file",
+                             shown="FILE.jsonl")
     score_previews: str | None = option(
-        None, "measure previews and mark the best step; toy, published or auto networks: those of the base",
+        None, "measure previews and mark the best step, by toy or published networks; auto (and the flag "
+        "alone): those of the base", unset="no scores",
         shown="SET", bare="auto", choices=("auto", "toy", "published"))
 
 # %% ../nbs/10_settings.ipynb
