@@ -101,6 +101,7 @@ def _use_section(repo:str, info:dict, prompt:str) -> str:
     fence = "`" * (1 + max(2, max(map(len, re.findall("`+", prompt)), default=0)))
     return _USE.format(fence=fence, repo=repo, prompt=shlex.quote(prompt), base=base)
 
+# %% ../nbs/50_card.ipynb
 _QUIET = {"device", "prompts", "base", "trackers", "samples", "cache"} # of no use to a stranger
 
 def _facts_section(tensors:dict, info:dict) -> str:
@@ -190,6 +191,7 @@ def _checked(report, path):
     if isinstance(rows, dict) and all(isinstance(s, dict) and "n" in s for s in rows.values()): return report
     raise InputError(f"{path}: is not a report of dualreal evaluate")
 
+# %% ../nbs/50_card.ipynb
 def write_card(path,                   # a run's folder, or an adapter file
                report=None,            # scores; default: `report_of`
                licence:str="unknown",  # an identifier of the Hub
@@ -211,6 +213,7 @@ def write_card(path,                   # a run's folder, or an adapter file
         tmp.write_text(_marked(text), encoding="utf-8")
     return folder/"README.md"
 
+# %% ../nbs/50_card.ipynb
 def _card_text(name:str, # where there are no words
                tensors, info, reference, scores, samples, licence, repo) -> str:
     "All sections."

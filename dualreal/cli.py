@@ -95,6 +95,7 @@ def _warn(config):
     for text in case_warnings(case): print(text)
     print(f"{len(case.identity)} images, {len(case.motion)} clips: encoding, then training")
 
+# %% ../nbs/52_cli.ipynb
 def _preview_scorer(which, config):
     "The callback that measures previews."
     if not config.preview_every:
@@ -116,6 +117,7 @@ def _say_best(out):
     print(f"{where}\nbest step      {best['step']} of {run['config']['steps']} ({numbers}); to use it:\n"
           f'  dualreal generate --adapter {folder} --prompt "{prompt}" --out video.mp4')
 
+# %% ../nbs/52_cli.ipynb
 def _step_log(path):
     "What `train` calls after each step: one line more."
     from dualreal.encode import check_writable
@@ -286,6 +288,7 @@ def _run_inspect(config:settings.InspectConfig):
     rows += [(k, v) for k, v in info.get("training", {}).items() if v is not None and k not in said]
     for name, value in rows: print(f"{name:18} {value}")
 
+# %% ../nbs/52_cli.ipynb
 def _settings(tensors, info, path):
     "The adapter's configuration: stored, or inferred from the tensors of a published dictionary."
     from dualreal.checkpoint import inferred_config
@@ -316,6 +319,7 @@ def _run_convert(args:settings.ConvertConfig):
         print("note: this file holds no reference: `dualreal generate` will need --reference IMAGE")
     print(f"wrote {target} ({target.stat().st_size/1e6:.1f} MB)")
 
+# %% ../nbs/52_cli.ipynb
 def _fold(args, tensors, info, stored):
     "The adapter with a reference built in: the condition's weights, most of the file, are not needed then."
     from dualreal.memory import folded
@@ -531,6 +535,7 @@ _COMMANDS = {
     _run_inspect: [settings.InspectConfig], _run_convert: [settings.ConvertConfig],
     _run_card: [settings.CardConfig], _run_studio: [settings.StudioConfig]}
 
+# %% ../nbs/52_cli.ipynb
 class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, like every other mistake; the usage is a `--help` away."
     def error(self, message): self.exit(2, f"dualreal: {message} (see {self.prog} --help)\n")
@@ -544,6 +549,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found, unknown
 
+# %% ../nbs/52_cli.ipynb
 def parser() -> argparse.ArgumentParser:
     "All commands and their flags."
     from dualreal import __version__

@@ -252,6 +252,7 @@ def _picture(image, # PIL image, or a function that makes a matplotlib figure
         else: image.save(buffer, "png")
     return f'<img class="dr-picture" alt="{escape(says)}" src="{_inside(buffer.getvalue(), "image/png")}">'
 
+# %% ../nbs/51_studio.ipynb
 def _film(path, says:str) -> str:
     "HTML of a looping film with its words below."
     data = _inside(Path(path).read_bytes(), "video/mp4")
@@ -456,6 +457,7 @@ def _stopped(self:_TrainPanel):
     if not training.process(): raise InputError(f"{training.run}: this run is not running")
     _stop(training)
 
+# %% ../nbs/51_studio.ipynb
 def _watched(self:_TrainPanel):
     "Follow the run until it ends; also one that another page has started."
     if self.watcher and self.watcher.is_alive(): return
@@ -474,6 +476,7 @@ def _total(self:_TrainPanel):
     if not config.exists(): return _total_steps(self.settings())
     return json.loads(config.read_text(encoding="utf-8"))["steps"]
 
+# %% ../nbs/51_studio.ipynb
 def _shown(self:_TrainPanel, training, total):
     "Where the run stands, its loss, its newest videos."
     rows, said = _read_steps(training.steps), _progress(training, total)
@@ -570,6 +573,7 @@ class _ComparePanel(_Panel):
             self.films.value = shown
         self.news.value = f"<p>{escape(ask.prompt.value)}, seed {ask.seed.value}, dial {ask.dial.value:g}</p>"
 
+# %% ../nbs/51_studio.ipynb
 class _ExportPanel(_Panel):
     "A finished run as one file."
     def __init__(self, train):
