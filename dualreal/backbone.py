@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['SIZES', 'SMALL_FILES', 'VIT_H', 'OPEN_CLIP_FILES', 'asset', 'toy_base_path', 'missing_files', 'find_base',
-           'find_sizes', 'load_base', 'base_size', 'check_picture', 'sized', 'video_size', 'ReferenceEncoder',
-           'load_reference_encoder', 'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer',
-           'tiny_pipeline', 'wide_pipeline']
+           'find_sizes', 'load_base', 'base_size', 'check_picture', 'blank_transformer', 'vae_stride', 'sized',
+           'video_size', 'ReferenceEncoder', 'load_reference_encoder', 'reference_width', 'byte_tokenizer',
+           'scheduler_5b', 'tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
 
 # %% ../nbs/20_backbone.ipynb
 import json
@@ -157,6 +157,19 @@ def check_picture(base:CogVideoXPipeline|Path, height:int, width:int):
     if config.get("use_learned_positional_embeddings") and (height, width) != (own.height, own.width):
         wrong = f"height {height}, width {width}"
         raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")
+
+# %% ../nbs/20_backbone.ipynb
+def blank_transformer(folder, dtype): # folder: of a base
+    "The base's transformer without content, on the meta device."
+    with torch.device("meta"):
+        config = CogVideoXTransformer3DModel.load_config(Path(folder)/"transformer")
+        blank = CogVideoXTransformer3DModel.from_config(config)
+    return torch.nn.Module.to(blank, dtype).requires_grad_(False) # diffusers' own `to` warns
+
+def vae_stride(folder) -> tuple: # in time, in space
+    "By how much the VAE of a base shrinks time and space."
+    vae = AutoencoderKLCogVideoX.load_config(Path(folder)/"vae")
+    return vae.get("temporal_compression_ratio", 4), 2 ** (len(vae["block_out_channels"]) - 1)
 
 # %% ../nbs/20_backbone.ipynb
 def sized(base, **given) -> BaseSize: # a pipeline, or its folder; given: values that are not None come before the base's own

@@ -431,13 +431,13 @@ def test_full_disk_during_a_checkpoint(home, small_disk, capsys, monkeypatch):
              "none",
              "--steps", 5, "--save-every", 2, "--samples", 0, "--groups", 2, "--rank", 2, "--device", "cpu",
              "--trackers", "none"]
-    import dualreal.trainer as trainer
-    step = trainer.train_step
+    from dualreal import loop
+    step = loop.train_step
 
     def filling(run):
         if run.step == 3: fill(small_disk, 20_000)
         return step(run)
-    monkeypatch.setattr(trainer, "train_step", filling)
+    monkeypatch.setattr(loop, "train_step", filling)
     assert "step-4" in said_full(capsys, *words)
     assert [p.name for p in checkpoints(out)] == ["step-2"] and not list(out.rglob(".*"))
     monkeypatch.undo()

@@ -24,11 +24,12 @@ from PIL import Image
 from dualreal import checkpoint, encode, resume
 from dualreal.backbone import tiny_pipeline
 from dualreal.checkpoint import adapter_tensors, read_adapter
-from dualreal.cli import _say_best, main
+from dualreal.cli import main
 from dualreal.core import InputError
 from dualreal.loop import train_step
 from dualreal.memory import Plan, compile_blocks
 from dualreal.resume import Interrupted, checkpoints, damage, restore, step_folders
+from dualreal.settings import as_flags
 from dualreal.trainer import TrainConfig, prepare, scalars, train
 from dualreal.video import read_video, write_video
 
@@ -61,9 +62,7 @@ def settings(home, out, **more):
 
 def command(config):
     "The shell's words for a configuration."
-    plain = vars(TrainConfig("", "", "")) | dict(prompts=config.prompts)
-    words = {k.replace("_", "-"): f"{v}" for k, v in vars(config).items() if v != plain[k]}
-    return ["train", *(w for k, v in words.items() for w in (f"--{k}", v)), "--prompt", "cat"]
+    return ["train", *as_flags(config)]
 
 
 def weights(out): return read_adapter(Path(out) / "adapter.safetensors").tensors
@@ -511,17 +510,18 @@ def told(run, folder):
     return dict(identity=run.step / 8, motion=1 - run.step / 8, text=.3)
 
 
-def test_the_best_step_stays(home, whole, tmp_path, capsys):
+def test_the_best_step_stays(home, whole, tmp_path, capsys, monkeypatch):
     "Rows, picture and adapter outlive rotation; scoring changes nothing of the run."
     run = tmp_path / "run"
-    train(settings(home, run, preview_every=2, keep=1), progress=False, score=told)
+    monkeypatch.setattr("dualreal.evaluate.preview_scorer", lambda *how: told)
+    words = as_flags(settings(home, run, preview_every=2, keep=1))
+    assert main(["train", *words, "--score-previews"]) == 0
     assert same(run, whole)
     record = json.loads((run / "run.json").read_text())
     assert [row["step"] for row in record["scores"]] == [2, 4, 6, 8] and record["best"]["step"] == 4
     assert json.loads((run / "previews/scores.json").read_text()) == record["scores"]
     assert Image.open(run / "tradeoff.png").size > (100, 100)
     assert [p.name for p in checkpoints(run)] == ["step-8"] and len(list(run.glob("*.safetensors"))) == 1
-    _say_best(run)
     line = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert line[:2] == ["dualreal", "generate"] and main([*line[1:-1], f"{tmp_path / 'a.gif'}"]) == 0
     assert read_adapter(run / "previews/step-4").info["steps_done"] == 4
