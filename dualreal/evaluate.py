@@ -440,8 +440,8 @@ class _Kept:
 
     def of(self, path) -> dict: return self.store.get(self.key(path))
 
-    def add(self, path, found):
-        with self.writing(): self.store.update(self.key(path), found)
+    def add(self, path, found) -> dict: # what is known now
+        with self.writing(): return self.store.update(self.key(path), found)
 
     @contextmanager
     def writing(self):
@@ -531,8 +531,7 @@ def _scores(job, video) -> dict: # the row of a video
         new = _decode(job, video, facts, wanted, prompt)
         fresh = {keys[m]: new["found"][m] for m in wanted}
         fresh |= {k: new[k] for k in ("frames", "height", "width")}
-        job.kept.add(video.path, fresh)
-        known |= fresh
+        known = job.kept.add(video.path, fresh)
     got = {m: known[key] for m, key in keys.items()}
     why = {m: w for m, w in idle.items() if w} | {m: v for m, v in got.items() if isinstance(v, str)}
     if job.prompts is not None and not prompt: why["clip_t"] = "the list of prompts has none for this video"
