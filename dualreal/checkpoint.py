@@ -157,7 +157,7 @@ class Adapter:
     @property
     def size(self) -> dict:
         "height, width and frames of the training, as far as they are known."
-        return {k: v for k, v in self.info.get("generation", {}).items() if v}
+        return {k: v for k, v in self.info.get("generation", {}).items() if v is not None}
 
 # %% ../nbs/21_checkpoint.ipynb
 def write_adapter(adapter:Adapter,

@@ -275,7 +275,7 @@ def test_damaged_checkpoint_is_passed_over(home, trained, tmp_path, capsys):
 
 
 def test_interrupted_and_continued(home, trained, case, tmp_path, capsys, monkeypatch):
-    import dualreal.trainer
+    import dualreal.loop
     step, run = dualreal.loop.train_step, tmp_path / "run"
 
     def interrupted(state):

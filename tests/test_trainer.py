@@ -322,7 +322,7 @@ def test_a_plan_changes_nothing(home, whole, tmp_path, capsys, monkeypatch, memo
     "Losses and weights are those of the run without one, bit for bit (streamed: to rounding)."
     if memory == "stream":  # with two blocks it never pays, so the planner does not
         stream = Plan(2, attention=1, offload=True, streamed=2, budget=1, parts=(("all", 1),))
-        monkeypatch.setattr("dualreal.trainer.plan", lambda *args: stream)
+        monkeypatch.setattr("dualreal.memory.plan", lambda *args: stream)
     train(settings(home, tmp_path / "run", memory="auto" if memory == "stream" else memory))
     assert "predicted peak" in capsys.readouterr().out
     assert (alike if memory == "stream" else same)(tmp_path / "run", whole)
@@ -337,7 +337,7 @@ def test_compiled(home, whole, tmp_path, monkeypatch, memory):
     def as_traced(transformer, **how):
         traced.append(how)
         compile_blocks(transformer, backend="aot_eager", **how)
-    monkeypatch.setattr("dualreal.trainer.compile_blocks", as_traced)
+    monkeypatch.setattr("dualreal.memory.compile_blocks", as_traced)
     with pytest.raises(Interrupted): train(settings(home, tmp_path / "run", memory=memory), stop_at(3))
     assert not traced
     train(settings(home, tmp_path / "run", memory=memory, resume=True, compile=True), progress=False)
