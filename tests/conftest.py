@@ -4,7 +4,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ.setdefault("MPLBACKEND", "agg")
 
-LONGEST = "browser", "cli", "trainer", "benchmark", "baselines", "tuner", "readme", "memory", "evaluate", "imports"
+LONGEST = ("browser", "cli", "trainer", "benchmark", "baselines", "tuner", "readme", "memory", "evaluate",
+           "imports")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,8 @@
-"""Programs that each begin in a fresh process, at the price of one: forked from an interpreter that holds none of ours.
+"""Programs that each begin in a fresh process, at the price of one.
 
-Reads from stdin a JSON object `dict(preload=[names], programs=[source, …])`, imports what `preload` names and runs
-each program in a child of its own; prints a JSON list with what each said, or its traceback.
+As a script: reads from stdin a JSON object `dict(preload=[names], programs=[source, …])`, imports what
+`preload` names, none of it ours, and runs each program in a fork of its own; prints a JSON list of the status
+and the output of each.
 """
 import json
 import os
@@ -10,6 +11,11 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
+
+def preload(name: str):
+    "Import the module `name`, or the module that holds what is called so."
+    try: import_module(name)
+    except ModuleNotFoundError: getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
 
 
 def child(program: str, out: int):
@@ -33,7 +39,7 @@ def forked(program: str) -> tuple[int, str]:
 
 
 def outcomes(programs, cwd, preload=(), path=()) -> list:
-    "Exit status and output of each program, in the folder `cwd`; `preload`: packages of others, imported once."
+    "Exit status and output of each program, in the folder `cwd`; `preload`: others' packages, imported once."
     asked = json.dumps(dict(preload=list(preload), programs=list(programs)))
     env = {**os.environ, **({"PYTHONPATH": os.pathsep.join(map(str, path))} if path else {})}
     done = subprocess.run([sys.executable, "-P", Path(__file__).resolve()], input=asked, cwd=cwd, env=env,
@@ -44,7 +50,7 @@ def outcomes(programs, cwd, preload=(), path=()) -> list:
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)
-    for name in given["preload"]: import_module(name)
+    for name in given["preload"]: preload(name)
     ours = [name for name in sys.modules if name.split(".")[0] == "dualreal"]
     assert not ours, f"imported before any program began: {ours}"
     print(json.dumps([forked(program) for program in given["programs"]]))

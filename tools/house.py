@@ -2,8 +2,8 @@
 
     python tools/house.py
 
-prints a row for each module: its number, its lines, its public names. A name is public when `__all__` lists it
-or another module of the package uses it, whatever it begins with.
+prints a row for each module: its number, its lines, its public names. A name is public when `__all__` lists
+it or another module of the package uses it, whatever it begins with.
 """
 import ast
 import json
@@ -22,7 +22,7 @@ def code(notebook: Path) -> str:
 
 
 def exported_module(notebook: Path) -> str | None:
-    "The name after `#| default_exp` in `notebook`, `experiments.speed` for one; None where it exports nothing."
+    "The name after `#| default_exp` in `notebook`: `experiments.speed`; None where it exports nothing."
     match = re.search(r"^#\|\s*default_exp\s+([\w.]+)", code(notebook), re.M)
     return match and match[1]
 
@@ -124,18 +124,17 @@ def public(module: str) -> set[str]:
     "Names of `module` that are for others: listed in `__all__`, or used by another module."
     listed = next((ast.literal_eval(n.value) for n in tree(module).body if isinstance(n, ast.Assign)
                    and ast.unparse(n.targets[0]) == "__all__"), [])
-    return {*listed, *(name for other in MODULES if other != module for m, name in taken(other) if m == module)}
+    used = (pair for other in MODULES if other != module for pair in taken(other))
+    return {*listed, *(name for m, name in used if m == module)}
 
 
 def main():
-    total, top = [0, 0], [0, 0]
-    print(f"{'':>2} {'module':<24} {'lines':>6} {'public':>6}")
-    for module in MODULES:
-        row = len(path_of(module).read_text(encoding="utf-8").splitlines()), len(public(module))
-        total = [a + b for a, b in zip(total, row)]
-        if "." not in module: top = [a + b for a, b in zip(top, row)]
-        print(f"{NUMBERS[module]:02} {module:<24} {row[0]:>6} {row[1]:>6}")
-    for name, row in (("without experiments", top), ("in all", total)): print(f"   {name:<24} {row[0]:>6} {row[1]:>6}")
+    size = {m: (len(path_of(m).read_text(encoding="utf-8").splitlines()), len(public(m))) for m in MODULES}
+    rows = [(f"{NUMBERS[m]:02} {m}", *size[m]) for m in MODULES]
+    top = [m for m in MODULES if "." not in m]
+    for name, part in (("   without experiments", top), ("   in all", MODULES)):
+        rows.append((name, *map(sum, zip(*(size[m] for m in part)))))
+    for row in [("   module", "lines", "public"), *rows]: print("{:<28} {:>6} {:>6}".format(*row))
 
 
 if __name__ == "__main__": main()
