@@ -528,7 +528,7 @@ def test_the_best_step_stays(home, whole, tmp_path, capsys):
     assert read_adapter(run / "previews/step-4")[1]["steps_done"] == 4
 
 
-@pytest.mark.parametrize("when", ["save", "score"])
+@pytest.mark.parametrize("when", ["score", pytest.param("save", marks=pytest.mark.slow)])
 def test_scores_survive(home, tmp_path, when):
     "Killed between a checkpoint and its preview, or later: the same rows in the end."
     def fragile(run, folder):
