@@ -14,6 +14,7 @@ from house import (
     NUMBERS,
     ROOT,
     imports,
+    missing,
     module_of,
     outside,
     private,
@@ -87,6 +88,12 @@ def test_only_commands_know_the_toy(module):
 
 # Names
 
+@some(*MODULES)
+def test_what_is_imported_late_is_there(module):
+    "An import inside a function fails only when it is run: here it is looked up."
+    assert not missing(module)
+
+
 def borrowed(source) -> list[str]:
     return [f"{module}.{name}" for module, name in sorted(taken(source)) if private(name)]
 
@@ -123,6 +130,10 @@ def patched(source) -> list[str]:
 
 
 BESIDE = [*sorted((ROOT/"tests").glob("*.py")), *sorted((ROOT/"tools").glob("*.py"))]
+
+
+def test_pages_tests_and_tools_find_what_they_import():
+    assert not {path.name: names for path in [*BESIDE, *pages()] if (names := missing(path))}
 
 
 @pytest.mark.parametrize("path", BESIDE, ids=[p.stem for p in BESIDE])

@@ -105,6 +105,13 @@ def defined(module: str) -> frozenset[str]:
     return frozenset(found - {"__all__"})
 
 
+def missing(source: Path | str) -> list[str]:
+    "What `source` imports from a module of this package, inside its functions too, and does not find there."
+    pairs = map(module_of, imports(source))
+    return [f"{m}.{name}" for m, name in pairs if m and name and name not in defined(m)
+            and name not in imports(m, functions=False).values()]
+
+
 @cache
 def taken(source: Path | str) -> frozenset[tuple[str, str]]:
     "Pairs of a module of this package and a name of it that `source` uses: imported, or as `module.name`."
