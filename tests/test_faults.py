@@ -295,7 +295,7 @@ def test_any_caption(prompt):
 def test_any_list_of_captions(tmp_path, given_lines):
     source, files = tmp_path / "prompts.txt", [tmp_path / f"{name}.png" for name in "ab"]
     source.write_bytes("\n".join(given_lines).encode())
-    found = sentence_or(data._from_list, source, files)
+    found = sentence_or(data.captions, tmp_path, files, "identity")
     assert found is None or (len(found) == 2 and all(c.strip() for c in found))
 
 
@@ -310,7 +310,8 @@ def test_any_list_of_clips(tmp_path, given_lines):
     home.mkdir(exist_ok=True)
     for path in (home / "a.mp4", tmp_path / "x.mp4"): path.touch()
     (home / "videos.txt").write_bytes("\n".join(given_lines).encode())
-    for path in sentence_or(data._listed, home) or []: assert path.resolve().is_relative_to(home.resolve())
+    clips, _ = sentence_or(data.motion_files, home) or ([], [])
+    for path in clips: assert path.resolve().is_relative_to(home.resolve())
 
 
 @quick

@@ -330,13 +330,16 @@ def test_a_plan_changes_nothing(home, whole, tmp_path, capsys, monkeypatch, memo
     assert {k: plan[k] for k in kept} == kept and 0 < plan["bytes"] <= plan["budget"]
 
 
-@pytest.mark.parametrize("memory", [None, LITTLE])
-def test_compiled(home, whole, tmp_path, monkeypatch, memory):
+TRACED = [pytest.param(memory, "aot_eager", marks=pytest.mark.slow) for memory in (None, LITTLE)]
+
+
+@pytest.mark.parametrize("memory, backend", [(None, None), *TRACED])
+def test_compiled(home, whole, tmp_path, monkeypatch, memory, backend):
     "A run may go on with compiled blocks (traced only: no C++ compiler is needed here)."
     traced = []
     def as_traced(transformer, **how):
         traced.append(how)
-        compile_blocks(transformer, backend="aot_eager", **how)
+        if backend: compile_blocks(transformer, backend=backend, **how)
     monkeypatch.setattr("dualreal.memory.compile_blocks", as_traced)
     with pytest.raises(Interrupted): train(settings(home, tmp_path / "run", memory=memory), stop_at(3))
     assert not traced
@@ -527,7 +530,7 @@ def test_the_best_step_stays(home, whole, tmp_path, capsys, monkeypatch):
     assert read_adapter(run / "previews/step-4").info["steps_done"] == 4
 
 
-@pytest.mark.parametrize("when", ["save", "score"])
+@pytest.mark.parametrize("when", ["score", pytest.param("save", marks=pytest.mark.slow)])
 def test_scores_survive(home, tmp_path, when):
     "Killed between a checkpoint and its preview, or later: the same rows in the end."
     def fragile(run, folder):
