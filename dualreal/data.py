@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['MIN_CLIP', 'Item', 'Case', 'identity_files', 'motion_files', 'captions', 'class_word', 'motion_words', 'joint_prompt',
-           'shared_caption', 'load_case', 'source_frames', 'first_frame', 'read_item']
+           'load_case', 'source_frames', 'first_frame', 'read_item']
 
 # %% ../nbs/13_data.ipynb
 import math
@@ -35,7 +35,7 @@ class Case:
     identity: list[Item]  # kind "image"
     motion: list[Item]  # kind "video"
     class_word: str  # "dog"
-    identity_prompt: str  # "dog *", see `shared_caption`
+    identity_prompt: str  # "dog *", see `_shared_caption`
     motion_prompt: str  # "a person is playing guitar", or "is playing guitar"
     motion_words: str  # "playing guitar"
     notes: list[str] = field(default_factory=list)  # what was left out, for `check_case`
@@ -258,7 +258,7 @@ def joint_prompt(identity_prompt: str,  # "dog *"
 _SHARED = dict(identity=r"(?=.*\*).*[^\W\d_]", motion=r"\b(?:is|are)\s+\w")  # what the shared words must hold
 
 
-def shared_caption(texts: list[str],  # captions of one half of a case
+def _shared_caption(texts: list[str],  # captions of one half of a case
                    role: str  # "identity" or "motion"
                    ) -> str:
     "What most captions say, or the longest run of words in all of them: `dog *`, `is playing guitar`."
@@ -283,7 +283,7 @@ def _items(folder: str | Path,
     texts = captions(folder, files, role, prompt)
     kind = "image" if role == "identity" else "video"
     items = [Item(file, kind, text) for file, text in zip(files, texts, strict=True)]
-    return items, shared_caption(texts, role), notes
+    return items, _shared_caption(texts, role), notes
 
 
 def load_case(identity: str | Path,  # folder of the subject's images

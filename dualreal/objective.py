@@ -39,5 +39,5 @@ def denoising_loss(transformer,            # with a DualReal adapter
                    reference=None,         # reference embeddings (B|1, E) on motion steps, else None
                    image_rotary_emb=None): # (cos, sin), for bases with rotary positions
     "The loss of one step, a scalar with gradients."
-    with given_reference(transformer, reference):
-        return prediction_loss(transformer, scheduler, latents, prompt_embeds, timesteps, noise, image_rotary_emb)
+    given = latents, prompt_embeds, timesteps, noise, image_rotary_emb
+    with given_reference(transformer, reference): return prediction_loss(transformer, scheduler, *given)

@@ -242,7 +242,8 @@ def check_out(out, resume:bool) -> bool: # True: there is a finished run, nothin
     if Path(out).suffix in (".safetensors", ".pth"):
         raise InputError(f"{out}: --out is the folder of the run: leave {Path(out).suffix} off")
     out = Path(out)
-    holds = out.is_dir() and ((out/"config.json").exists() or checkpoints(out) or any(out.glob("[!.]*.safetensors")))
+    files = (out/"config.json").is_file(), *checkpoints(out), *out.glob("[!.]*.safetensors")
+    holds = any(files)
     if holds and not resume:
         raise InputError(f"{out} holds a run: continue it with --resume (resume=True) or give another --out")
     check_writable(out, "give another --out folder")
