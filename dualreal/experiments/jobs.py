@@ -8,6 +8,7 @@ __all__ = ['networks_of', 'Metrics', 'scorer_of', 'case_folders', 'compute', 'Jo
 
 # %% ../../nbs/43_jobs.ipynb
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,31 +36,10 @@ from ..store import Store, cache_folder, fingerprint
 from ..trainer import joint_prompt
 
 # %% ../../nbs/43_jobs.ipynb
+from . import benchmark, results
 from .baselines import find_method, seen
-from dualreal.experiments.benchmark import (
-    Bench,
-    Job,
-    absent,
-    absent_note,
-    find_part,
-    is_rate,
-    jobs_of,
-    load_bench,
-    rate_notes,
-    rates_file,
-    results_folder,
-    searched,
-)
-from dualreal.experiments.results import (
-    collect,
-    is_there,
-    lock_of,
-    machines,
-    missing_note,
-    paired,
-    read_results,
-    save,
-)
+from .benchmark import Bench, Job, jobs_of
+from .results import read_results
 
 # %% ../../nbs/43_jobs.ipynb
 @lru_cache(maxsize=2)
@@ -126,7 +106,7 @@ def scorer_of(job:Job, case): # case: `Case`
 def case_folders(job:Job, home:Path) -> tuple: # (identity, motion) folders; home: where a world may draw
     "Where the case's pictures and clips are."
     b, (subject, motion) = job.bench, (job.case[k] for k in ("subject", "motion"))
-    if b.data: return find_part(b.data, subject), find_part(b.data, motion)
+    if b.data: return benchmark.find_part(b.data, subject), benchmark.find_part(b.data, motion)
     world = known_world(b.scorer if b.scorer in WORLDS else None)
     if subject not in world.subjects:
         raise InputError(f"{b.name}: pictures and clips are yours: give their folder with --data")
@@ -205,11 +185,11 @@ class Journal:
 # %% ../../nbs/43_jobs.ipynb
 def claim(job:Job, out): # its lock, held; "there" or "claimed": it is not ours to do
     "Take a job, unless it is done or somebody else is at it."
-    if is_there(job, out): return "there"
-    lock = lock_of(job.bench, out, job.name)
+    if results.is_there(job, out): return "there"
+    lock = results.lock_of(job.bench, out, job.name)
     try: lock.acquire(timeout=0)
     except Timeout: return "claimed"
-    if not is_there(job, out): return lock
+    if not results.is_there(job, out): return lock
     lock.release()
     return "there"
 
@@ -221,7 +201,7 @@ def run_job(job:Job, out, work=compute, # job -> record
     try:
         if journal and journal.ended(job.name): return "there" # the process beside this one has failed
         tell("begin")
-        save(job, out, work(job))
+        results.save(job, out, work(job))
         tell("done")
     except Exception as e:
         tell("failed", why=_said(e)[:2000], mistake=isinstance(e, InputError))
@@ -289,13 +269,13 @@ def run_jobs(jobs:list, out, workers:int=1, ray:str=None, # address of a cluster
     if journal := journal_of_parent(): # this process is a worker: all is told in the journal
         for _ in _serial(jobs, out, work, journal): pass
         return dict(done=0, claimed=0, failed={})
-    for b in benches.values(): collect(b, out)
-    missing = [j for j in {j.key: j for j in jobs}.values() if not is_there(j, out)]
+    for b in benches.values(): results.collect(b, out)
+    missing = [j for j in {j.key: j for j in jobs}.values() if not results.is_there(j, out)]
     how = partial(_ray, address=ray, work=work) if ray else partial(_serial, work=work)
     if workers > 1 and not ray: how = partial(_pool, workers=workers, command=command)
     try: return _all(how(missing, Path(out)), len(missing), progress)
     finally:
-        for b in benches.values(): collect(b, out)
+        for b in benches.values(): results.collect(b, out)
 
 def _all(ended, count, progress): # ended: yields (job, how it ended, error)
     ends, failed = Counter(), {}
@@ -324,7 +304,7 @@ def _pool(jobs, out, workers, command):
             if e["event"] not in ("done", "failed") or not (job := left.pop(e["job"], None)): continue
             if e["event"] == "done": yield job, "done", None
             else: yield job, None, (InputError if e["mistake"] else _Told)(e["why"])
-        for job in left.values(): yield job, "there" if is_there(job, out) else "claimed", None
+        for job in left.values(): yield job, "there" if results.is_there(job, out) else "claimed", None
 
 def write_jobs(path, jobs:list):
     "A list for other processes."
@@ -376,7 +356,7 @@ def _brought(ray, given, out):
     "The next record that is ready, saved."
     (ready, *_), _ = ray.wait(list(given))
     job, lock = given.pop(ready)
-    try: save(job, out, ray.get(ready))
+    try: results.save(job, out, ray.get(ready))
     except Exception as e: return job, None, getattr(e, "cause", None) or e # Ray wraps it in a traceback
     finally: lock.release()
     return job, "done", None
@@ -390,7 +370,7 @@ def search_lr(bench:Bench, out, methods=None, lrs=None, **how) -> dict: # how: o
     for key in ("search", "objective"):
         if not getattr(bench, key): raise InputError(f"{bench.name}: {key} is empty: nothing to search on")
     if not (lrs or bench.lrs): raise InputError(f"{bench.name}: names no lrs: give some with --lrs")
-    if not all(is_rate(lr) for grid in grids.values() for lr in grid):
+    if not all(0 < lr < math.inf for grid in grids.values() for lr in grid):
         raise InputError(f"lrs {lrs}: give positive numbers")
     for _ in range(3):
         stored = _keep(bench, out, _tried(bench, out, grids, **how))
@@ -433,13 +413,13 @@ def _scored(bench, found): # found: (job, record)
 # %% ../../nbs/43_jobs.ipynb
 def _keep(bench, out, found):
     "Merge into the file what was scored; locked, so that two searches at once lose nothing."
-    with lock_of(bench, out, f"{bench.name}-learning_rates", shared=True):
-        stored = searched(bench, out)
+    with results.lock_of(bench, out, f"{bench.name}-learning_rates", shared=True):
+        stored = benchmark.searched(bench, out)
         for spec, new in found.items():
             if (old := stored.get(spec)) and not _alike(old, new):
                 print(f"{spec}: the rate {old['lr']:g} of a search under other conditions gives way")
             stored[spec] = _best(spec, old, new)
-        write_json(rates_file(bench, out), stored)
+        write_json(benchmark.rates_file(bench, out), stored)
     return stored
 
 def _alike(old, new): # old: an entry of the file, which may lack settings
@@ -456,19 +436,19 @@ def _best(spec, old, new):
 # %% ../../nbs/43_jobs.ipynb
 def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # of `read_results`
     "`paired` results of a table; `run` computes the missing ones first. Says how to record them."
-    out = results_folder(out)
+    out = benchmark.results_folder(out)
     jobs = jobs_of(bench, out, [table])
     ended = run_jobs(jobs, out, workers) if run else dict(claimed=0, failed={})
     found = read_results(jobs, out)
-    if lost := absent(bench): print(absent_note(bench, lost))
-    for text in rate_notes(bench, out, jobs) if run else (): print(text)
-    print(missing_note(bench, table, found, len(jobs)))
+    if lost := benchmark.absent(bench): print(benchmark.absent_note(bench, lost))
+    for text in benchmark.rate_notes(bench, out, jobs) if run else (): print(text)
+    print(results.missing_note(bench, table, found, len(jobs)))
     if ended["claimed"]: print(f"{ended['claimed']} are with another process")
     for r in found:
         case = f"{' '.join(r['case'].values())}, seed {r['seed']}"
         if r.get("error"): print(f"diverged: {r['method']} on {case}: {r['error']}")
     for name, why in ended["failed"].items(): print(f"failed: {name}: {why}")
-    both = paired(found)
+    both = results.paired(found)
     if len(both) < len(found): print(f"shown: {len(both)}, of cases and seeds that all these methods have")
-    if both: print(machines(both))
+    if both: print(results.machines(both))
     return both
