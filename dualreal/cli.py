@@ -149,7 +149,8 @@ def run_train(args):
 
 def _warn(config):
     "What `check` would warn of without reading a file, once, and what is going to happen."
-    from dualreal.data import case_warnings, load_case
+    from dualreal.data import load_case
+    from dualreal.doctor import case_warnings
     if os.environ.get("RANK", "0") != "0": return
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     for text in case_warnings(case): print(text)
@@ -348,7 +349,8 @@ def run_check(args):
     from transformers import AutoTokenizer
 
     from dualreal.backbone import base_size, check_picture, find_sizes
-    from dualreal.data import MIN_CLIP, case_sheet, check_case, format_report, load_case
+    from dualreal.data import MIN_CLIP, load_case
+    from dualreal.doctor import case_sheet, check_case, format_report
     from dualreal.video import FITS
     case = load_case(args.identity, args.motion, args.identity_prompt, args.motion_prompt)
     folder = find_sizes(args.base)

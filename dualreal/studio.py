@@ -35,7 +35,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from .backbone import base_size, find_sizes, load_base, reference_width
 from .checkpoint import find_adapter, load_adapter, read_adapter, step_folders
 from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
-from .data import case_sheet, check_case, format_report, load_case
+from .data import load_case
+from .doctor import case_sheet, check_case, format_report
 from .encode import tile
 from .evaluate import evaluate
 from .generate import generate, sized, weights_figure

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualreal import data
+from dualreal import data, doctor
 from dualreal.core import InputError
 from dualreal.video import write_video
 
@@ -274,14 +274,14 @@ def test_read_item(one, wave):
 
 
 def test_check_of_a_good_case(one, wave):
-    report = data.check_case(data.load_case(one, wave), 16, 24, 5, lambda prompt: (len(prompt.split()), 16))
+    report = doctor.check_case(data.load_case(one, wave), 16, 24, 5, lambda prompt: (len(prompt.split()), 16))
     assert json.loads(json.dumps(report)) == report
     assert report["ok"] and (report["errors"], report["warnings"], report["findings"]) == (0, 0, [])
     assert report["counts"] == dict(identity=3, motion=3)
     assert report["base"] == dict(height=16, width=24, frames=5, fps=None, fit="crop")
     row = report["motion"][0]
     assert (row["width"], row["height"], row["frames"], row["used"], row["fps"]) == (24, 16, 17, 5, 8.0)
-    assert "5 of 17 frames at 8 fps" in data.format_report(report)
+    assert "5 of 17 frames at 8 fps" in doctor.format_report(report)
 
 
 def test_check_gathers_everything(one, wave):
@@ -292,10 +292,10 @@ def test_check_gathers_everything(one, wave):
     (wave / "c.gif").unlink()
     (wave / "thumbs.db").touch()
     case = data.load_case(one, wave, "dog", "a dog * is waving")
-    report = data.check_case(case, 16, 24, 9, lambda prompt: (len(prompt), 10))
-    said = data.format_report(report)
+    report = doctor.check_case(case, 16, 24, 9, lambda prompt: (len(prompt), 10))
+    said = doctor.format_report(report)
     levels = [finding["level"] for finding in report["findings"]]
-    assert levels == sorted(levels, key=data.LEVELS.index) and not report["ok"]
+    assert levels == sorted(levels, key=doctor.LEVELS.index) and not report["ok"]
     assert report["errors"] == 3 and len(report["identity"]) == 2 and len(report["motion"]) == 1
     for words in ("2.png cannot be read", "b.mp4 has 1 frame", "17 tokens, the base takes 10",
                   "Few motion clips: 2", "'dog' has no \"*\"", "holds \"*\"", "200x20 is cropped",
@@ -306,8 +306,8 @@ def test_check_gathers_everything(one, wave):
 
 
 def test_check_says_alike_things_once(one, wave):
-    report = data.check_case(data.load_case(one, wave), 64, 96, 49)
-    said = data.format_report(report)
+    report = doctor.check_case(data.load_case(one, wave), 64, 96, 49)
+    said = doctor.format_report(report)
     assert said.count("enlarged 4.0 times") == 2  # images and clips
     assert "and 2 more: 24x16 is enlarged" in said
     assert said.count("Short clip") == 3  # three lengths
@@ -316,8 +316,8 @@ def test_check_says_alike_things_once(one, wave):
 
 def found(one, wave, *prompts, size=(16, 24, 9)):
     "Sentences of a report, after each of its findings has said what to do and both forms have shown it."
-    report = data.check_case(data.load_case(one, wave, *prompts), *size)
-    said = data.format_report(report)
+    report = doctor.check_case(data.load_case(one, wave, *prompts), *size)
+    said = doctor.format_report(report)
     for finding in report["findings"]: assert finding["fix"] and finding["fix"] in said
     assert json.loads(json.dumps(report)) == report
     return [finding["text"] for finding in report["findings"]]
@@ -331,23 +331,23 @@ def test_check_shows_what_is_trained_on(one, wave, tmp_path, fit):
     case, how = data.load_case(one, wave), dict(fps=10, fit=fit)
     frames = data.read_item(case.motion[1], 16, 24, 9, **how)
     assert len(frames) == 9 and (frames == data.video.read_video(wave / "b.mp4")[0][:25:3]).all()
-    report = data.check_case(case, 16, 24, 9, **how)
-    said = data.format_report(report)
+    report = doctor.check_case(case, 16, 24, 9, **how)
+    said = doctor.format_report(report)
     assert report["motion"][1]["used"] == 9 and f"{fit}ped to"[-6:] in said.replace("padded", "padped")
     assert "9 frames at 10 fps" in said
     shown = [f for f in report["findings"] if f["where"] == f"{one / '2.png'}"]
     assert len(shown) == 1 and f"--fit {dict(crop='pad', pad='crop')[fit]}" in shown[0]["fix"]
-    assert data.case_sheet(case, 16, 24, 9, cell=16, **how).size[0] > 24
-    slow = data.check_case(case, 16, 24, 9, fps=2)
-    assert "use a clip of 4.5 seconds or more, or a higher --fps" in data.format_report(slow)
+    assert doctor.case_sheet(case, 16, 24, 9, cell=16, **how).size[0] > 24
+    slow = doctor.check_case(case, 16, 24, 9, fps=2)
+    assert "use a clip of 4.5 seconds or more, or a higher --fps" in doctor.format_report(slow)
 
 
 def test_doctor_tells_seconds(one, wave):
     "Of a camera's clip, nine frames are a moment."
     clip(wave / "b.mp4", 50, fps=25)
     assert "Only the first 0.36 of 2 seconds are used." in found(one, wave)
-    slow = data.check_case(data.load_case(one, wave), 16, 24, 9, fps=5)
-    assert "Only the first" not in data.format_report(slow)
+    slow = doctor.check_case(data.load_case(one, wave), 16, 24, 9, fps=5)
+    assert "Only the first" not in doctor.format_report(slow)
 
 
 def test_doctor_sees_a_swap(tmp_path, one, wave):
@@ -406,18 +406,18 @@ def test_sheet(one, wave, tmp_path):
     "Of a tall training size; what cannot be read is left out."
     (one / "2.png").write_bytes(b"")
     case = data.load_case(one, wave)
-    sheet = data.case_sheet(case, 96, 48, 9, tmp_path / "sheet.png")
+    sheet = doctor.case_sheet(case, 96, 48, 9, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == sheet.size
     for folder in (one, wave):
         for file in folder.glob("*.*"):
             if file.suffix != ".txt": file.write_bytes(b"")
-    with pytest.raises(InputError, match="nothing to show"): data.case_sheet(case, 96, 48, 9)
+    with pytest.raises(InputError, match="nothing to show"): doctor.case_sheet(case, 96, 48, 9)
 
 
 def test_check_of_an_identity_clip(tmp_path, wave):
     clip(tmp_path / "one/a.mp4", 7)
-    report = data.check_case(data.load_case(tmp_path / "one", wave, "dog *"), 16, 24, 5)
-    assert "Only the first of 7 frames is used." in data.format_report(report)
+    report = doctor.check_case(data.load_case(tmp_path / "one", wave, "dog *"), 16, 24, 5)
+    assert "Only the first of 7 frames is used." in doctor.format_report(report)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real folders (../shared/real) are not here")
@@ -426,7 +426,7 @@ def test_real_folders():
     assert (len(case.identity), len(case.motion)) == (5, 15)
     assert {item.path.suffix for item in case.identity} == {".png"}
     assert (case.class_word, case.motion_words, case.notes) == ("dog", "playing guitar", [])
-    report = data.check_case(case, 480, 720, 49)
+    report = doctor.check_case(case, 480, 720, 49)
     assert report["ok"] and not report["warnings"]
     assert {(row["frames"], row["used"], row["fps"]) for row in report["motion"]} == {(250, 49, 25.0)}
     assert data.read_item(case.motion[0], 64, 64, 9).shape == (9, 64, 64, 3)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -28,7 +29,7 @@ from dualreal.report import write_pages
 from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
 from dualreal.video import read_video, stream_video, write_video
 
-HAS_DECORD = module.util.find_spec("decord") is not None
+HAS_DECORD = find_spec("decord") is not None
 
 
 class Means:

@@ -28,12 +28,11 @@ from tqdm import tqdm
 
 from .. import metrics
 from ..core import InputError, environment, pick_device, pick_dtype, write_json
-from ..data import first_frame, load_case
+from ..data import first_frame, joint_prompt, load_case
 from ..evaluate import WORLDS, References, encoder_names, known_world, score_frames
 from ..metrics import METRICS
 from ..settings import TrainConfig
 from ..store import Store, cache_folder, fingerprint
-from ..trainer import joint_prompt
 
 # %% ../../nbs/43_jobs.ipynb
 from . import benchmark, results
