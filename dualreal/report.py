@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['LABELS', 'LEAST', 'heading', 'read_report', 'order', 'frame', 'cells', 'tex', 'plain', 'markdown', 'latex',
-           'dot_plot', 'plane', 'counted', 'beside', 'verdict', 'answers', 'summed_up', 'write_pages']
+           'dot_plot', 'plane', 'counted', 'beside', 'verdict', 'answers', 'number', 'summed_up', 'write_pages']
 
 # %% ../nbs/34_report.ipynb
 import base64
@@ -180,6 +180,14 @@ def answers(claims:dict, digits=3) -> pd.DataFrame: # of strings; claims: senten
     number = lambda d: cells({"": {"difference": d}}, digits).iloc[0, 0]
     rows = [[number(d), str(d["n"]), verdict(d)] for d in claims.values()]
     return pd.DataFrame(rows, index=list(claims), columns=["difference", "cases", "does it hold here?"])
+
+def number(d, # mean, low, high; or the number itself; None: unknown
+           digits=2, interval=False) -> str:
+    "A result within a sentence."
+    d = d if isinstance(d, dict) or d is None else dict(mean=d)
+    if not d or d["mean"] is None: return "–"
+    text = f"{d['mean']:.{digits}f}"
+    return f"{text} [{d['low']:.{digits}f}, {d['high']:.{digits}f}]" if interval else text
 
 def summed_up(claims:dict) -> str: # claims: sentence -> difference
     "How many of them hold, in a sentence."
