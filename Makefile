@@ -15,7 +15,11 @@ bench: .venv/installed
 	$(BIN)/dualreal bench run --workers 2
 	$(BIN)/dualreal bench report
 
-# Two notebooks at a time with one thread each: the figures do not depend on the machine, and two cores suffice.
+# A file at a time, the longest first (tests/conftest.py): what a file's tests share is made once.
+PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# Two notebooks, or files of tests, at a time with one thread each: figures do not depend on the machine, and two
+# cores suffice.
 test test-all docs: export OMP_NUM_THREADS := 1
 # What travels with the package is all a test may use.
 test test-all: export HF_HUB_OFFLINE := 1
@@ -26,12 +30,12 @@ test: .venv/installed-docs
 	$(BIN)/python tools/readme.py --check
 	$(BIN)/ruff check dualreal tests tools
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -q
+	$(BIN)/$(PYTEST)
 
 # Also the cells and tests flagged slow; those that record results, need a GPU or downloaded weights stay out.
 test-all: test .venv/installed-ray
 	$(BIN)/nbdev_test --n_workers 2 --timing --flags slow
-	$(BIN)/python -m pytest -q -m "not cuda and not weights"
+	$(BIN)/$(PYTEST) -m "slow and not cuda and not weights"
 
 docs: .venv/installed-docs
 	$(BIN)/python tools/docs.py

@@ -4,12 +4,13 @@
 
 # %% auto 0
 __all__ = ['SIZES', 'SMALL_FILES', 'VIT_H', 'OPEN_CLIP_FILES', 'asset', 'toy_base_path', 'missing_files', 'find_base',
-           'find_sizes', 'load_base', 'base_size', 'check_picture', 'ReferenceEncoder', 'load_reference_encoder',
-           'reference_width', 'byte_tokenizer', 'scheduler_5b', 'tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
+           'find_sizes', 'load_base', 'base_size', 'check_picture', 'blank_transformer', 'vae_stride', 'sized',
+           'video_size', 'ReferenceEncoder', 'load_reference_encoder', 'reference_width', 'byte_tokenizer',
+           'scheduler_5b', 'tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
 
 # %% ../nbs/20_backbone.ipynb
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 
@@ -114,12 +115,12 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
               dtype:str|torch.dtype=None # None: bfloat16 on an accelerator, float32 on the CPU
              ) -> CogVideoXPipeline: # frozen, in evaluation mode
     "Load a stock pipeline; `InputError` says what is missing and how to get it."
-    folder, device = find_base(base), pick_device(str(device))
-    if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
-    index = _index(folder)
-    kind = index.get("_class_name", "pipeline of unknown class")
+    folder = find_base(base)
+    kind = _index(folder).get("_class_name", "pipeline of unknown class")
     if kind != "CogVideoXPipeline":
         raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")
+    device = pick_device(str(device))
+    if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
     pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype).to(device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
     return pipe
@@ -156,6 +157,42 @@ def check_picture(base:CogVideoXPipeline|Path, height:int, width:int):
     if config.get("use_learned_positional_embeddings") and (height, width) != (own.height, own.width):
         wrong = f"height {height}, width {width}"
         raise InputError(f"{wrong}: this base draws {own.height}x{own.width} only")
+
+# %% ../nbs/20_backbone.ipynb
+def blank_transformer(folder, dtype): # folder: of a base
+    "The base's transformer without content, on the meta device."
+    with torch.device("meta"):
+        config = CogVideoXTransformer3DModel.load_config(Path(folder)/"transformer")
+        blank = CogVideoXTransformer3DModel.from_config(config)
+    return torch.nn.Module.to(blank, dtype).requires_grad_(False) # diffusers' own `to` warns
+
+def vae_stride(folder) -> tuple: # in time, in space
+    "By how much the VAE of a base shrinks time and space."
+    vae = AutoencoderKLCogVideoX.load_config(Path(folder)/"vae")
+    return vae.get("temporal_compression_ratio", 4), 2 ** (len(vae["block_out_channels"]) - 1)
+
+# %% ../nbs/20_backbone.ipynb
+def sized(base, **given) -> BaseSize: # a pipeline, or its folder; given: values that are not None come before the base's own
+    "The sizes of a generation; `InputError` for one that this base cannot generate."
+    size = replace(base_size(base), **{k: v for k, v in given.items() if v is not None})
+    check_picture(base, size.height, size.width)
+    if size.frames < 1 or size.frames % 8 != 1:
+        near = max(1, 8*round((size.frames - 1)/8) + 1)
+        raise InputError(f"{size.frames} frames: this base generates 8k+1 frames (1, 9, 17, …); try {near}")
+    if size.steps < 1: raise InputError(f"steps {size.steps}: give at least 1")
+    if not 0 <= size.guidance < float("inf"):
+        raise InputError(f"guidance {size.guidance}: give a number from 0")
+    return size
+
+# %% ../nbs/20_backbone.ipynb
+def video_size(base,               # a pipeline, or its folder (nothing is loaded then)
+               config) -> BaseSize: # of `TrainConfig`
+    "The size of a training run's videos; `InputError` for what this base cannot be trained on."
+    if _shape(base)[0].get("patch_size_t"):
+        raise InputError(f"{config.base}: CogVideoX 1.5 (patches in time) cannot be trained yet; use 1.0")
+    own = base_size(base)
+    frames = 8 * max(1, ((config.frames or own.frames) - 1) // 8) + 1 # what the VAE can return
+    return sized(base, height=config.height, width=config.width, frames=frames)
 
 # %% ../nbs/20_backbone.ipynb
 class ReferenceEncoder:

@@ -72,7 +72,7 @@ def fused_form(parts,           # [(Bottleneck, weight (B,)), ...]
                out=None,        # what to add to, (B, N, d); None: nothing
                total=None):     # the sum of the weights (B,), where it is a constant
     "`naive_form` plus `out`, (B, N, d), up to rounding, in a third of its passes over the tokens."
-    trains = [b.up.weight.requires_grad for b, _ in parts]
+    trains = [b.up.weight.requires_grad and torch.is_grad_enabled() for b, _ in parts]
     groups = [[part for part, t in zip(parts, trains) if t == kind] for kind in set(trains)]
     bias = sum(w[:, None] * b.up.bias.to(x.dtype) for b, w in parts)                       # (B, d)
     if total is None: total = sum(w for _, w in parts)

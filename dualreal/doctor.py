@@ -85,7 +85,7 @@ def _about_size(row: dict,  # of `_measure`
         found.append(("warning", text, "give --fit crop, or choose another --height and --width"))
     return found
 
-
+# %% ../nbs/14_doctor.ipynb
 def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, text, fix
     "What taking some of the frames may cost."
     found, full, rate = [], aim["frames"], aim["fps"]
@@ -157,7 +157,7 @@ def _about_caption(kind: str,  # "image" or "video"
         found.append(("warning", text, 'name whoever moves, as in "a person is"'))
     return found
 
-
+# %% ../nbs/14_doctor.ipynb
 def _about_case(case: Case,
                 prompt_tokens: Callable | None  # as in `check_case`
                 ) -> list[dict]:  # findings
@@ -189,7 +189,7 @@ def _about_clips(rows: list[dict],  # of motion clips
     text = f"Clips of {rates[0]:g} to {rates[-1]:g} frames a second: the motion is seen at different speeds."
     return [_finding("note", text, f"give --fps {rates[0]:g}, the slowest of them")]
 
-
+# %% ../nbs/14_doctor.ipynb
 def _read_all(case: Case, aim: dict) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
     "Read every item; one that cannot be used becomes an error among the findings."
     rows, looks, findings = dict(identity=[], motion=[]), dict(identity=[], motion=[]), []

@@ -202,6 +202,7 @@ class References:
         if found is None: self.kept.add(clip, {key: (found := _degree(clip, flow, size))})
         return found
 
+# %% ../nbs/32_evaluate.ipynb
 def _degree(clip, flow, size): # a number, or why there is none
     if isinstance(clip, tuple): fps, parts = clip[1], _cut(clip[0])
     else: fps, parts = clip_facts(clip).fps, stream_video(clip, _CHUNK)
@@ -212,18 +213,6 @@ def _degree(clip, flow, size): # a number, or why there is none
 def _cut(frames): return (frames[i:i + _CHUNK] for i in range(0, len(frames), _CHUNK))
 
 # %% ../nbs/32_evaluate.ipynb
-_EXTRAS = ("dynamic_degree_reference", "dynamic_degree_deviation_resized", "dynamic_degree_reference_resized",
-          "truth_identity", "truth_motion")
-
-def score_frames(frames:np.ndarray, # uint8 (F, H, W, 3)
-                 fps:float, references:References, prompt:str|None, encoders:dict # of `load_encoders`
-                ) -> dict: # every metric, `why` for those that are None, frames, fps, height, width, stride
-    "Score one video that is in memory."
-    scorer = Scorer(fps, encoders, references, prompt)
-    for part in _cut(frames): scorer.feed(part)
-    size = tuple(frames.shape[1:3])
-    return _row(scorer.values(), scorer.why, prompt, encoders, references, fps, len(frames), size)
-
 def _row(values, why, prompt, encoders, references, fps, count, size):
     facts = dict(frames=count, fps=fps, height=size[0], width=size[1], stride=flow_stride(fps), prompt=prompt)
     row = dict.fromkeys(METRICS) | values | dict(why=dict(why)) | facts
@@ -239,6 +228,19 @@ def _deviations(row, encoders, references, size):
     for end, degrees in (("", own), ("_resized", cut)):
         found |= {m + end: deviation(d, degrees), f"dynamic_degree_reference{end}": float(np.mean(degrees))}
     return found
+
+# %% ../nbs/32_evaluate.ipynb
+_EXTRAS = ("dynamic_degree_reference", "dynamic_degree_deviation_resized", "dynamic_degree_reference_resized",
+          "truth_identity", "truth_motion")
+
+def score_frames(frames:np.ndarray, # uint8 (F, H, W, 3)
+                 fps:float, references:References, prompt:str|None, encoders:dict # of `load_encoders`
+                ) -> dict: # every metric, `why` for those that are None, frames, fps, height, width, stride
+    "Score one video that is in memory."
+    scorer = Scorer(fps, encoders, references, prompt)
+    for part in _cut(frames): scorer.feed(part)
+    size = tuple(frames.shape[1:3])
+    return _row(scorer.values(), scorer.why, prompt, encoders, references, fps, len(frames), size)
 
 # %% ../nbs/32_evaluate.ipynb
 @dataclass(frozen=True)
@@ -285,6 +287,7 @@ class _Truth:
         found = self.world.truth(frames, self.subject, self.motion)
         return {f"truth_{k}": found[k] for k in ("identity", "motion")}
 
+# %% ../nbs/32_evaluate.ipynb
 class _Whole:
     "A video that arrives in pieces, for a reader of small ones."
     def __init__(self, truth): self.truth, self.parts = truth, []
@@ -295,6 +298,25 @@ class _Whole:
             self.parts.append(frames if small else frames[:, :1, :1]) # too small to be read
 
     def values(self): return self.truth.columns(np.concatenate(self.parts))
+
+# %% ../nbs/32_evaluate.ipynb
+def _as_trained(run):
+    from dualreal.trainer import seen
+    clips = [(frames, run.size.fps) for frames in seen(run, "motion")]
+    return References([frames[0] for frames in seen(run, "identity")], clips)
+
+def _mean_of(numbers): # None where one is missing
+    "Mean of numbers that are all there."
+    return None if None in numbers else float(np.mean(numbers))
+
+def _preview_row(path, fps, references, encoders, truth):
+    prompt = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]
+    frames = read_video(path)[0]
+    row = score_frames(frames, fps, references, prompt, encoders)
+    found = dict(identity=row["dino_i"], text=row["clip_t"],
+                 motion=_likeness(row["dynamic_degree"], row.get("dynamic_degree_reference_resized")))
+    if truth is not None: found |= truth.columns(frames)
+    return found | {m: row[m] for m in METRICS}
 
 # %% ../nbs/32_evaluate.ipynb
 def _likeness(degree, wanted) -> float|None: # dynamic degrees, None: unknown
@@ -318,23 +340,28 @@ def preview_scorer(which="toy",  # or "published"
         return {k: _mean_of([row[k] for row in rows]) for k in rows[0]}
     return score
 
-def _as_trained(run):
-    from dualreal.trainer import seen
-    clips = [(frames, run.size.fps) for frames in seen(run, "motion")]
-    return References([frames[0] for frames in seen(run, "identity")], clips)
+# %% ../nbs/32_evaluate.ipynb
+def _walk(folder, above=()): # videos below a folder, and files that are none
+    found, strange, above = [], [], {*above, folder.resolve()}
+    for path in sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key):
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file(): found.append(path)
+        elif path.resolve() in above or _sheets(path): strange.append(path) # a circle, our strips
+        elif path.is_dir():
+            inside, left = _walk(path, above)
+            if inside: found += inside; strange += left
+            elif frame_files(path) or not any(path.iterdir()): found.append(path) # an empty one: of no frame
+            else: strange.append(path)
+        elif not _record(path): strange.append(path)
+    return found, strange
 
-def _mean_of(numbers): # None where one is missing
-    "Mean of numbers that are all there."
-    return None if None in numbers else float(np.mean(numbers))
+def _sheets(path): # whether `evaluate` wrote this folder: its strips are pictures, not frames
+    return path.name == "sheets" and (path.parent/"report.json").is_file()
 
-def _preview_row(path, fps, references, encoders, truth):
-    prompt = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]
-    frames = read_video(path)[0]
-    row = score_frames(frames, fps, references, prompt, encoders)
-    found = dict(identity=row["dino_i"], text=row["clip_t"],
-                 motion=_likeness(row["dynamic_degree"], row.get("dynamic_degree_reference_resized")))
-    if truth is not None: found |= truth.columns(frames)
-    return found | {m: row[m] for m in METRICS}
+def _record(path): # whether `dualreal generate` or `train` wrote it beside a video
+    end = next((e for e in (".json", ".weights.png") if path.name.endswith(e)), None)
+    beside = path.with_name(path.name.removesuffix(end)) if end else path
+    return end is not None and any(v.suffix.lower() in VIDEO_SUFFIXES and v.is_file()
+                                   for v in (beside, *map(beside.with_suffix, VIDEO_SUFFIXES)))
 
 # %% ../nbs/32_evaluate.ipynb
 @dataclass(frozen=True)
@@ -359,27 +386,19 @@ def find_videos(folder) -> tuple[list, list]: # videos in natural order, notes
     names = ", ".join(inside(p) for p in strange[:5]) + (", ..." if len(strange) > 5 else "")
     return videos, [f"left out, no videos: {names}"] * bool(strange)
 
-def _walk(folder, above=()): # videos below a folder, and files that are none
-    found, strange, above = [], [], {*above, folder.resolve()}
-    for path in sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key):
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file(): found.append(path)
-        elif path.resolve() in above or _sheets(path): strange.append(path) # a circle, our strips
-        elif path.is_dir():
-            inside, left = _walk(path, above)
-            if inside: found += inside; strange += left
-            elif frame_files(path) or not any(path.iterdir()): found.append(path) # an empty one: of no frame
-            else: strange.append(path)
-        elif not _record(path): strange.append(path)
-    return found, strange
-
-def _sheets(path): # whether `evaluate` wrote this folder: its strips are pictures, not frames
-    return path.name == "sheets" and (path.parent/"report.json").is_file()
-
-def _record(path): # whether `dualreal generate` or `train` wrote it beside a video
-    end = next((e for e in (".json", ".weights.png") if path.name.endswith(e)), None)
-    beside = path.with_name(path.name.removesuffix(end)) if end else path
-    return end is not None and any(v.suffix.lower() in VIDEO_SUFFIXES and v.is_file()
-                                   for v in (beside, *map(beside.with_suffix, VIDEO_SUFFIXES)))
+# %% ../nbs/32_evaluate.ipynb
+def _by_name(lines, path, videos): # lines: (number, text)
+    told = {}
+    for i, line in lines:
+        name, tab, prompt = (part.strip(" ") for part in line.partition("\t"))
+        if not tab: raise InputError(f"{path}, line {i}: no tab between name and prompt, as other lines have")
+        if not prompt.strip(): raise InputError(f"{path}, line {i}: no prompt after {name}")
+        if name in told: raise InputError(f"{path}, line {i}: a second prompt for {name}")
+        told[name] = prompt.strip()
+    ways = lambda v: (v.name, str(Path(v.name).with_suffix("")), Path(v.name).name, Path(v.name).stem)
+    given = {v.name: next((told[w] for w in ways(v) if told.get(w)), None) for v in videos}
+    unknown = sorted(set(told) - {w for v in videos for w in ways(v)})
+    return given, [f"{path}: no video is named {', '.join(unknown)}"] * bool(unknown)
 
 # %% ../nbs/32_evaluate.ipynb
 def _read_prompts(source, # a file; None
@@ -399,21 +418,8 @@ def _read_prompts(source, # a file; None
                          "each in the order of their names, or lines of name<TAB>prompt for some")
     return {v.name: line.strip() for v, (_, line) in zip(videos, said)}, []
 
-def _by_name(lines, path, videos): # lines: (number, text)
-    told = {}
-    for i, line in lines:
-        name, tab, prompt = (part.strip(" ") for part in line.partition("\t"))
-        if not tab: raise InputError(f"{path}, line {i}: no tab between name and prompt, as other lines have")
-        if not prompt.strip(): raise InputError(f"{path}, line {i}: no prompt after {name}")
-        if name in told: raise InputError(f"{path}, line {i}: a second prompt for {name}")
-        told[name] = prompt.strip()
-    ways = lambda v: (v.name, str(Path(v.name).with_suffix("")), Path(v.name).name, Path(v.name).stem)
-    given = {v.name: next((told[w] for w in ways(v) if told.get(w)), None) for v in videos}
-    unknown = sorted(set(told) - {w for v in videos for w in ways(v)})
-    return given, [f"{path}: no video is named {', '.join(unknown)}"] * bool(unknown)
-
 # %% ../nbs/32_evaluate.ipynb
-_VERSION = 2 # of the arithmetic: a change here makes every kept result worthless
+_VERSION = 1 # of the arithmetic: a change here makes every kept result worthless
 
 def _behind(network) -> tuple: # for `fingerprint`
     "What decides a network's numbers: name, weights, kind of device."
@@ -440,8 +446,8 @@ class _Kept:
 
     def of(self, path) -> dict: return self.store.get(self.key(path))
 
-    def add(self, path, found):
-        with self.writing(): self.store.update(self.key(path), found)
+    def add(self, path, found) -> dict: # what is known now
+        with self.writing(): return self.store.update(self.key(path), found)
 
     @contextmanager
     def writing(self):
@@ -521,6 +527,7 @@ def _decode(job, video, facts, wanted, prompt) -> dict: # found: metric -> numbe
     job.seconds["all"] += time.perf_counter() - start
     return dict(found=found, frames=scorer.seen, height=size[0], width=size[1])
 
+# %% ../nbs/32_evaluate.ipynb
 def _scores(job, video) -> dict: # the row of a video
     prompt, known = (job.prompts or {}).get(video.name), job.kept.of(video.path)
     idle = {m: _not_computed(m, job.encoders, job.references, prompt) for m in job.asked if m in METRICS}
@@ -531,8 +538,7 @@ def _scores(job, video) -> dict: # the row of a video
         new = _decode(job, video, facts, wanted, prompt)
         fresh = {keys[m]: new["found"][m] for m in wanted}
         fresh |= {k: new[k] for k in ("frames", "height", "width")}
-        job.kept.add(video.path, fresh)
-        known |= fresh
+        known = job.kept.add(video.path, fresh)
     got = {m: known[key] for m, key in keys.items()}
     why = {m: w for m, w in idle.items() if w} | {m: v for m, v in got.items() if isinstance(v, str)}
     if job.prompts is not None and not prompt: why["clip_t"] = "the list of prompts has none for this video"
@@ -614,6 +620,7 @@ def evaluate(videos, identity, # folders
     if out is not None: _write(report, found, job, Path(out))
     return report
 
+# %% ../nbs/32_evaluate.ipynb
 def _report(job, rows, notes, given, seconds):
     sizes = sorted({(r["width"], r["height"]) for r in rows if not r["error"]})
     if len(sizes) > 1:

@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['POLICIES', 'run_block', 'blocks_of', 'set_policies', 'places_of', 'frozen_of', 'BlockStream', 'castable', 'store_fp8',
            'adamw', 'LiveBytes', 'kind_of', 'stand_in', 'StepSize', 'simulate', 'Plan', 'Needs', 'lines', 'needs',
-           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'advice', 'compile_blocks', 'attention_backends',
-           'folded']
+           'candidates', 'budget_bytes', 'usable', 'plan', 'apply', 'place', 'check_wishes', 'advice', 'compile_blocks',
+           'attention_backends']
 
 # %% ../nbs/23_memory.ipynb
 import json
@@ -402,6 +402,25 @@ def apply(transformer,     # with its adapter; in main memory, if it does not fi
         if id(t) not in waiting: t.data = t.data.to(device)
     return BlockStream(blocks, device) if len(blocks) else None
 
+def place(pipe, config, device) -> Plan | None: # config: of `TrainConfig`, completed; None: as a whole
+    "Move a pipeline's transformer, with what learns in it, to the device: as a whole, or by a plan."
+    made, thrifty = None, config.gradient_checkpointing
+    if config.memory is not None:
+        stride = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+        size = StepSize(config.height, config.width, config.frames, config.micro_batch, stride)
+        made = plan(pipe.transformer, size, config.memory, device, config.eight_bit, config.fp8)
+        apply(pipe.transformer, made, device)
+    else:
+        pipe.transformer.to(device)
+        if device.type != "cpu" if thrifty is None else thrifty: pipe.transformer.enable_gradient_checkpointing()
+    if config.compile: compile_blocks(pipe.transformer, dynamic=False) # one for clips, one for pictures
+    return made
+
+def check_wishes(config, device):
+    "`InputError` for a budget that no plan can have, or 8-bit Adam where it is not installed."
+    if config.memory is not None: budget_bytes(config.memory, device)
+    if config.eight_bit: adamw([torch.nn.Parameter(torch.zeros(1))], eight_bit=True)
+
 def advice(plan:Plan) -> str:
     "What to say when memory runs out all the same."
     smaller = next((n for n in (80, 40, 24, 16, 12) if n * 2**30 < .95 * plan.budget), None)
@@ -421,18 +440,3 @@ def attention_backends() -> dict:
     flags = dict(flash=b.flash_sdp_enabled(), efficient=b.mem_efficient_sdp_enabled(),
                  cudnn=b.cudnn_sdp_enabled(), math=b.math_sdp_enabled())
     return dict(flags, cudnn_version=torch.backends.cudnn.version(), torch=torch.__version__)
-
-# %% ../nbs/23_memory.ipynb
-def folded(tensors:dict,  # of an adapter, published names
-           reference):    # (E,) or (1, E): the embedding that it will always be used with
-    "The tensors of the same adapter with this reference built in: it takes none any more."
-    e, done = reference.reshape(-1).double(), dict(tensors)
-    for name in [k for k in tensors if k.endswith(".condition_linear.weight")]:
-        site = name.removesuffix(".condition_linear.weight")
-        weight, bias = (done.pop(f"{site}.condition_linear.{kind}").double() for kind in ("weight", "bias"))
-        if weight.shape[1] != len(e):
-            made = weight.shape[1]
-            raise InputError(f"reference of {len(e)} channels, but the adapter was made for {made}")
-        down, key = tensors[f"{site}.down_linear.weight"], f"{site}.down_linear.bias"
-        done[key] = (tensors[key].double() + down.double() @ (weight @ e + bias)).to(tensors[key].dtype)
-    return done

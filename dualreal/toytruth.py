@@ -307,7 +307,7 @@ def _check(subject, motion):
 
 def _truth(frames, subject, motion): # palette, pattern, kind, identity, motion: 0 to 1
     takes = "toyworld's reader takes"
-    if min(frames.shape[1:3]) < _SIDES[0]:
+    if not all(_SIDES[0] <= side <= _SIDES[1] for side in frames.shape[1:3]):
         raise Undefined(f"{takes} frames of {_SIDES[0]} to {_SIDES[1]} pixels a side")
     if not _FRAMES[0] <= len(frames) <= _FRAMES[1]:
         raise Undefined(f"{takes} {_FRAMES[0]} to {_FRAMES[1]} frames")

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['SITES', 'DualRealConfig', 'Sites', 'sites_of', 'Blend', 'DualRealLayer', 'Moments', 'Conductor', 'Site',
-           'AttentionSite', 'FeedForwardSite', 'wrap', 'check_attachable', 'DualRealModel', 'conductor_of', 'active',
-           'reference', 'dial', 'blend_weights']
+           'AttentionSite', 'FeedForwardSite', 'wrap', 'config_for', 'check_attachable', 'DualRealModel',
+           'conductor_of', 'active', 'reference', 'dial', 'blend_weights']
 
 # %% ../nbs/03_tuner.ipynb
 import inspect
@@ -233,6 +233,14 @@ def wrap(transformer, sites, target, key, parent):
     return layer
 
 # %% ../nbs/03_tuner.ipynb
+def config_for(settings,         # with rank, groups, scale and controller, as `TrainConfig`
+               reference=None    # embedding (1, E) of a picture; None: no condition
+              ) -> DualRealConfig:
+    "What to attach for a training run."
+    dim = None if reference is None else reference.shape[-1]
+    known = {k: getattr(settings, k) for k in ("rank", "groups", "scale", "controller")}
+    return DualRealConfig(condition_dim=dim, **known)
+
 def check_attachable(transformer, config:DualRealConfig, adapter_name:str):
     "`InputError` for an unknown class, groups that do not divide the blocks, or an impossible name."
     blocks = len(getattr(transformer, sites_of(transformer).blocks))

@@ -8,11 +8,12 @@ __all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FITS', 'natural_key', 'read_imag
            'write_video', 'film', 'contact_sheet']
 
 # %% ../nbs/12_video.ipynb
+import importlib.util
 import math
 import re
 import textwrap
 from fractions import Fraction
-from importlib import metadata, util
+from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -227,7 +228,7 @@ def _backend(name: str | None  # "decord", "pyav" or None
              ):  # the generator function
     "The reader for ordinary video files; None: decord where it is installed, else PyAV."
     readers = dict(decord=_decord_frames, pyav=_pyav_frames)
-    installed = util.find_spec("decord") is not None
+    installed = importlib.util.find_spec("decord") is not None
     if name not in (None, *readers):
         raise InputError(f"Video backend {name!r} is unknown: use decord or pyav.")
     if name == "decord" and not installed:
@@ -237,7 +238,7 @@ def _backend(name: str | None  # "decord", "pyav" or None
 
 def decoder() -> str:  # "av 17.0.0": another one may give other pixels
     "Who decodes ordinary video files, and which version."
-    name = "decord" if util.find_spec("decord") else "av"
+    name = "decord" if importlib.util.find_spec("decord") else "av"
     return f"{name} {metadata.version(name)}"
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualreal import trainer
+from dualreal import loop
 from dualreal.backbone import tiny_pipeline
 from dualreal.core import InputError
 from dualreal.experiments.baselines import (
@@ -52,8 +52,8 @@ def output(run, seed=0):
     c = transformer.config
     x = torch.randn(1, 3, c.in_channels, c.sample_height, c.sample_width, generator=draw)
     with torch.no_grad():
-        text, time = run.texts[PROMPTS[0]].to(x), torch.tensor([500])
-        return transformer(x, text, time, image_rotary_emb=run.rotary(3)).sample
+        text, time = run.given.texts[PROMPTS[0]].to(x), torch.tensor([500])
+        return transformer(x, text, time, image_rotary_emb=run.given.rotary(3)).sample
 
 
 @pytest.mark.parametrize("spec", ["dualreal", "lora", "full_finetune", "isolated", "without_dual_aware",
@@ -61,15 +61,14 @@ def output(run, seed=0):
 def test_equal_budgets(home, spec, monkeypatch):
     "Samples counted where they are drawn, not from the log; all methods take what DualReal takes."
     taken = dict(identity=0, motion=0, prior=0)
-    real = trainer.draw_batch
+    real = loop.draw_batch
 
-    def counting(run, dimension):
-        batch = real(run, dimension)
-        taken[dimension] += len(batch)
+    def counting(run, samples, count):
+        batch = real(run, samples, count)
+        taken[samples] += len(batch)
         return batch
 
-    monkeypatch.setattr(trainer, "draw_batch", counting)
-    monkeypatch.setattr("dualreal.experiments.baselines.draw_batch", counting)
+    monkeypatch.setattr(loop, "draw_batch", counting)
     _, run = trained(home, spec)
     n = turns(config(home))
     expected = dict(identity=2 * n["identity"], motion=3 * n["motion"])
@@ -155,8 +154,7 @@ def test_videos_in_a_batch_are_the_same_videos(home):
     apart, _ = videos(run, PROMPTS, [3, 4], batch=1)
     assert np.abs(together.astype(int) - apart).max() <= 1
     run.pipe.vae.to("cpu")
-    embeds = (run.texts[p] for p in (PROMPTS[0], ""))
-    one = generate(run.pipe, PROMPTS[0], *embeds, run.case.reference, 3, progress=False)
+    one = generate(run.pipe, PROMPTS[0], run.given.texts, run.case.reference, 3, progress=False)
     assert np.abs(together[0].astype(int) - one.frames).max() <= 1
     assert weights.shape == (2, 2)
 

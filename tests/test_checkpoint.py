@@ -62,7 +62,7 @@ def test_wrapped_names(tmp_path, prefix):
 def test_precisions(tmp_path, dtype, suffix):
     path = save_adapter(adapted(dtype=dtype), tmp_path / f"a.{suffix}")
     assert path == tmp_path / f"a.{suffix}" and find_adapter(tmp_path) == path
-    tensors, _, _ = read_adapter(path)
+    tensors = read_adapter(path).tensors
     assert {v.dtype for v in tensors.values()} == {dtype} and tensors.keys() == WEIGHTS.keys()
     transformer = stock()
     load_adapter(transformer, path)
@@ -78,15 +78,17 @@ def test_what_the_file_says(tmp_path):
                                   controller=True)
     assert info["transformer"] == dict(blocks=4, width=16, time_dim=8) | {"class": type(stock()).__name__}
     assert info["training"] == dict(steps=3, out=str(tmp_path)) and info["subject"] == "cat *"
-    tensors, read, carried = read_adapter(path.parent)
+    adapter = read_adapter(path.parent)
+    tensors, read, carried = adapter.tensors, adapter.info, adapter.reference
     assert read == info and torch.equal(carried, e) and tensors.keys() == WEIGHTS.keys()
     assert load_adapter(stock(), path).scale == 1. and load_adapter(stock(), path, fused=False).fused is False
     for shape in ((5,), (1, 5), (1, 1, 5)):
         save_adapter(adapted(), tmp_path, reference=torch.ones(shape))
-        assert read_adapter(tmp_path)[2].shape == (1, REFERENCE)
+        assert read_adapter(tmp_path).reference.shape == (1, REFERENCE)
     with pytest.raises(InputError, match=r"\(2, 5\)"):
         save_adapter(adapted(), tmp_path, reference=embedding())
-    assert torch.equal(read_adapter(tmp_path)[2], torch.ones(1, REFERENCE))  # what was saved is still there
+    kept = read_adapter(tmp_path).reference
+    assert torch.equal(kept, torch.ones(1, REFERENCE))  # what was saved is still there
 
 
 def test_folders(tmp_path):

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from dualreal.backbone import load_base
 from dualreal.checkpoint import load_adapter, read_adapter
-from dualreal.cli import _demo_scores, _score_table, main
+from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
+from dualreal.settings import TrainConfig, WatchConfig, as_flags, from_flags
 from dualreal.toyworld import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
 
@@ -129,11 +130,36 @@ def shell(*argv):
     return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, encoding="utf-8")
 
 
-def test_help_needs_no_torch():
-    program = "from dualreal.cli import main, sys; main(['train', '--help']); print('torch' in sys.modules)"
-    done = shell("-c", program)
-    assert done.stdout.splitlines()[-1] == "False"
+ANSWERS = """
+import sys
+import dualreal.cli
+print({m for m in sys.modules if m.startswith("dualreal.")})
+commands = "demo check train generate evaluate bench inspect convert card studio".split()
+for argv in (["--help"], *([c, "--help"] for c in commands)): assert dualreal.cli.main(argv) == 0
+wrong = ["--nonsense"], ["train", "--steps", "x"], ["train", "--fit", "x"], ["fly"], ["bench", "x"]
+for argv in (*wrong, *([c, "--nonsense"] for c in commands), []): assert dualreal.cli.main(argv) == 2
+print({m.split(".")[0] for m in sys.modules} & set(
+    "torch transformers diffusers matplotlib pandas numpy peft accelerate ipywidgets".split()))
+"""
+
+
+def test_help_and_refusals_need_no_torch():
+    "Importing the commands imports the settings and the core; nothing heavy comes before there is work."
+    done = shell("-c", ANSWERS)
+    first, *_, last = done.stdout.splitlines()
+    assert done.returncode == 0 and last == "set()", done.stderr
+    assert eval(first) == {"dualreal.core", "dualreal.settings", "dualreal.cli"}
     assert shell("-m", "dualreal.cli", "--version").stdout.startswith("dualreal ")
+
+
+@pytest.mark.parametrize("more", [
+    {}, dict(lr=1e-7, scale=-0.5, prompts=["a *", "-x"], gradient_mask=False, resume=True, seed=0),
+    dict(gradient_checkpointing=False, memory="12", identity_prompt="a \"b\"", fit="pad", controller=False)])
+def test_flags_there_and_back(more):
+    "The command line of a configuration is read as that configuration."
+    config, watch = TrainConfig("my cat", "wave", "-run", **more), WatchConfig(log="steps.jsonl")
+    found = parser().parse_args(["train", *as_flags(config), *as_flags(watch)])
+    assert (from_flags(TrainConfig, found), from_flags(WatchConfig, found)) == (config, watch)
 
 
 def test_one_line_in_a_log(case, tmp_path):
@@ -166,17 +192,31 @@ def test_demo_of_another_subject(tmp_path, capsys):
     assert "--steps 0" in complaint(capsys, 2, "demo", "--out", str(tmp_path), "--steps", "0")
 
 
-def test_demo_measures_its_videos(tmp_path):
+def table_of(said):
+    "The numbers that the demo prints: name, then a column for each kind of video."
+    lines = [line.split() for line in said.splitlines()]
+    start = lines.index(["base", "DualReal", "reference"])
+    return lines[start + 1:start + 6]
+
+
+def test_demo_measures_its_videos(tmp_path, capsys, monkeypatch):
     "An empty stage has nothing of the subject, the drawn truth nearly all; DualReal's column is a mean."
     truth = render(HELD_OUT_SUBJECTS["mint_cat"], "swinging", seed=1)[0]
     empty = np.repeat(plate("grass")[None], 9, 0).astype(np.uint8)
-    videos = {"base": empty, "truth": truth, "run/samples/0": truth, "run/samples/1": empty}
-    for name, frames in videos.items():
-        write_video(tmp_path / f"{name}.mp4", frames, 8)
-    scores = _demo_scores(SimpleNamespace(subject="mint_cat", motion="swinging"), tmp_path)
+
+    def quick(config):
+        "A run whose videos are known."
+        run = tmp_path / "run"
+        for i, frames in enumerate((truth, empty)): write_video(run / f"samples/{i}.mp4", frames, 8)
+        (run / "run.json").write_text(json.dumps({"words": dict(prompts=["cat"], subject="a", motion="b")}))
+        return run / "adapter.safetensors"
+    monkeypatch.setattr("dualreal.trainer.train", quick)
+    monkeypatch.setattr("dualreal.generate.generate", lambda *args, **how: SimpleNamespace(frames=empty))
+    how = ["--subject", "mint_cat", "--motion", "swinging", "--seed", "1"]
+    assert main(["demo", "--out", str(tmp_path), *how]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
     assert [r["file"] for r in scores["DualReal"]] == ["run/samples/0.mp4", "run/samples/1.mp4"]
-    head, *rows = [line.split() for line in _score_table(scores).splitlines()]
-    assert head == ["base", "DualReal", "reference"]
+    rows = table_of(capsys.readouterr().out)
     assert [r[0] for r in rows] == ["palette", "pattern", "kind", "identity", "motion"]
     for name, base, ours, reference in rows:
         assert float(base) == 0 and float(reference) > .6
@@ -187,9 +227,11 @@ def test_demo_measures_its_videos(tmp_path):
 def test_demo(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--steps", "1"]) == 0
-    said = capsys.readouterr().out
+    rows = table_of(capsys.readouterr().out)
     scores = json.loads((out / "scores.json").read_text())
-    assert _score_table({k: scores[k] for k in ("base", "DualReal", "reference")}) in said
+    for name, *said in rows:
+        means = [np.mean([r[name] for r in scores[k]]) for k in ("base", "DualReal", "reference")]
+        assert said == [f"{mean:.2f}" for mean in means]
     assert [len(rows) for rows in scores.values()] == [4, 1, 1] # sorted by name: DualReal, base, reference
     assert scores["reference"][0]["identity"] > .7 and (out / "demo.png").is_file()
 
@@ -233,13 +275,13 @@ def test_damaged_checkpoint_is_passed_over(home, trained, tmp_path, capsys):
 
 
 def test_interrupted_and_continued(home, trained, case, tmp_path, capsys, monkeypatch):
-    import dualreal.trainer
-    step, run = dualreal.trainer.train_step, tmp_path / "run"
+    import dualreal.loop
+    step, run = dualreal.loop.train_step, tmp_path / "run"
 
     def interrupted(state):
         if state.step == 2: raise KeyboardInterrupt
         return step(state)
-    monkeypatch.setattr("dualreal.trainer.train_step", interrupted)
+    monkeypatch.setattr("dualreal.loop.train_step", interrupted)
     assert "interrupted" in complaint(capsys, 130, *train(case, run, "--save-every", "2"))
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-2"]
     monkeypatch.undo()
@@ -333,7 +375,7 @@ def test_generate_for_small_cards(trained, tmp_path):
     assert np.array_equal(frames_of(trained, tmp_path / "offloaded.mp4", "--offload"), exact)
     assert main(["convert", str(trained), str(tmp_path / "folded.pth"), "--fold"]) == 0
     frames_of(tmp_path / "folded.pth", tmp_path / "folded.mp4", "--base", "toy")
-    off = drawn(tmp_path / "folded.pth", None) - drawn(trained, read_adapter(trained)[2])
+    off = drawn(tmp_path / "folded.pth", None) - drawn(trained, read_adapter(trained).reference)
     assert np.abs(off).mean() < .01 # of 255; before the codec, which blows up a rounding
     frames_of(trained, tmp_path / "fast.mp4", "--approximate", "first-block")
     assert json.loads((tmp_path / "fast.mp4.json").read_text())["approximate_cache"] == "first-block"
@@ -416,7 +458,7 @@ def test_reference_is_the_whole_picture(case, tmp_path):
     portrait = np.random.default_rng(0).integers(0, 255, (90, 50, 3), np.uint8)
     Image.fromarray(portrait).save(case / "identity/images/00.png")
     assert main(train(case, tmp_path / "run", "--samples", 0)) == 0
-    stored = read_adapter(tmp_path / "run")[2]
+    stored = read_adapter(tmp_path / "run").reference
     anew = load_reference_encoder(base="toy").encode([portrait])
     torch.testing.assert_close(stored, anew, rtol=1e-4, atol=1e-5)
 
@@ -455,7 +497,8 @@ def test_published_file(trained, tmp_path, capsys):
     assert "published dictionary" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "adapter.pth"), str(tmp_path / "back.safetensors")]) == 0
     assert main(["inspect", str(tmp_path / "back.safetensors")]) == 0
-    (ours, info, _), (back, told, _) = map(read_adapter, (trained, tmp_path / "back.safetensors"))
+    first, second = map(read_adapter, (trained, tmp_path / "back.safetensors"))
+    ours, info, back, told = first.tensors, first.info, second.tensors, second.info
     assert ours.keys() == back.keys() and told["config"]["scale"] == info["config"]["scale"]
     assert ".safetensors or .pth" in complaint(capsys, 2, "convert", trained, tmp_path / "adapter.bin")
 

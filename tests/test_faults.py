@@ -24,9 +24,10 @@ from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
 from dualreal.encode import encode_case
-from dualreal.settings import BaseSize
+from dualreal.resume import checkpoints
+from dualreal.settings import BaseSize, TrainConfig, completed
 from dualreal.store import Store
-from dualreal.trainer import TrainConfig, checkpoints, completed, joint_prompt
+from dualreal.trainer import joint_prompt
 from dualreal.tuner import DualRealConfig
 from dualreal.video import write_video
 
@@ -294,7 +295,7 @@ def test_any_caption(prompt):
 def test_any_list_of_captions(tmp_path, given_lines):
     source, files = tmp_path / "prompts.txt", [tmp_path / f"{name}.png" for name in "ab"]
     source.write_bytes("\n".join(given_lines).encode())
-    found = sentence_or(data._from_list, source, files)
+    found = sentence_or(data.captions, tmp_path, files, "identity")
     assert found is None or (len(found) == 2 and all(c.strip() for c in found))
 
 
@@ -309,7 +310,8 @@ def test_any_list_of_clips(tmp_path, given_lines):
     home.mkdir(exist_ok=True)
     for path in (home / "a.mp4", tmp_path / "x.mp4"): path.touch()
     (home / "videos.txt").write_bytes("\n".join(given_lines).encode())
-    for path in sentence_or(data._listed, home) or []: assert path.resolve().is_relative_to(home.resolve())
+    clips, _ = sentence_or(data.motion_files, home) or ([], [])
+    for path in clips: assert path.resolve().is_relative_to(home.resolve())
 
 
 @quick
@@ -430,13 +432,13 @@ def test_full_disk_during_a_checkpoint(home, small_disk, capsys, monkeypatch):
              "none",
              "--steps", 5, "--save-every", 2, "--samples", 0, "--groups", 2, "--rank", 2, "--device", "cpu",
              "--trackers", "none"]
-    import dualreal.trainer as trainer
-    step = trainer.train_step
+    from dualreal import loop
+    step = loop.train_step
 
     def filling(run):
         if run.step == 3: fill(small_disk, 20_000)
         return step(run)
-    monkeypatch.setattr(trainer, "train_step", filling)
+    monkeypatch.setattr(loop, "train_step", filling)
     assert "step-4" in said_full(capsys, *words)
     assert [p.name for p in checkpoints(out)] == ["step-2"] and not list(out.rglob(".*"))
     monkeypatch.undo()

@@ -6,10 +6,10 @@ from tiny import CONFIGS, LAYERS, adapted, embedding, gradients, run
 from torch.testing import assert_close
 
 from dualreal import memory
-from dualreal.checkpoint import adapter_tensors, load_adapter, published_state, save_adapter
+from dualreal.checkpoint import adapter_tensors, folded, load_adapter, published_state, save_adapter
 from dualreal.core import InputError
 from dualreal.experiments.speed import SCHEDULER
-from dualreal.memory import BlockStream, Plan, StepSize, apply, blocks_of, candidates, folded, set_policies
+from dualreal.memory import BlockStream, Plan, StepSize, apply, blocks_of, candidates, set_policies
 from dualreal.objective import denoising_loss
 from dualreal.switch import focus
 

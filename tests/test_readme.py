@@ -7,13 +7,16 @@ key of `NOT_RUN` are only parsed. Inline code may be cut short with `…`: its c
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dualreal.cli import main, parser
 from dualreal.core import write_json
+from dualreal.generate import generate
 from dualreal.toyworld import write_case
+from dualreal.trainer import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTER = dict(train="--steps 2 --samples 0", generate="--steps 2", evaluate="--encoders toy")
@@ -106,14 +109,14 @@ def test_reasons_are_used():
     assert all(any(long in line for line in lines) for long in INSTEAD)
 
 
-def test_python_of_the_readme_runs(home):
-    "The block under 'In Python', with two steps of training and of denoising."
+def test_python_of_the_readme_runs(home, monkeypatch):
+    "The block under 'In Python' as it stands; training and denoising take two steps unless told otherwise."
+    monkeypatch.setattr("dualreal.trainer.TrainConfig", partial(TrainConfig, steps=2, samples=0))
+    monkeypatch.setattr("dualreal.generate.generate", partial(generate, steps=2))
     block = re.search(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.S)[1]
-    short = block.replace('out="case/run"', 'out="case/run", steps=2, samples=0')
-    short = short.replace("seed=1)", "seed=1, steps=2)")
-    assert short.count("steps=2") == 2
-    exec(short, {})
+    exec(block, {})
     assert (home / "cat.mp4").is_file()
+    assert json.loads((home / "case/run/config.json").read_text())["steps"] == 2
 
 
 def test_make_targets_exist():

@@ -21,13 +21,16 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from dualreal import checkpoint, encode
+from dualreal import checkpoint, encode, resume
 from dualreal.backbone import tiny_pipeline
-from dualreal.checkpoint import Interrupted, adapter_tensors, damage, read_adapter, step_folders
-from dualreal.cli import _say_best, main
+from dualreal.checkpoint import adapter_tensors, read_adapter
+from dualreal.cli import main
 from dualreal.core import InputError
+from dualreal.loop import train_step
 from dualreal.memory import Plan, compile_blocks
-from dualreal.trainer import TrainConfig, checkpoints, prepare, restore, scalars, train, train_step
+from dualreal.resume import Interrupted, checkpoints, damage, restore, step_folders
+from dualreal.settings import as_flags
+from dualreal.trainer import TrainConfig, prepare, scalars, train
 from dualreal.video import read_video, write_video
 
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: workers start from a warm parent")
@@ -59,12 +62,10 @@ def settings(home, out, **more):
 
 def command(config):
     "The shell's words for a configuration."
-    plain = vars(TrainConfig("", "", "")) | dict(prompts=config.prompts)
-    words = {k.replace("_", "-"): f"{v}" for k, v in vars(config).items() if v != plain[k]}
-    return ["train", *(w for k, v in words.items() for w in (f"--{k}", v)), "--prompt", "cat"]
+    return ["train", *as_flags(config)]
 
 
-def weights(out): return read_adapter(Path(out) / "adapter.safetensors")[0]
+def weights(out): return read_adapter(Path(out) / "adapter.safetensors").tensors
 def numbers(row): return {k: v for k, v in row.items() if k != "seconds"}
 def log(out): return [numbers(row) for row in json.loads((Path(out) / "run.json").read_text())["log"]]
 
@@ -253,7 +254,7 @@ def test_torn_checkpoint(stopped, tmp_path, capsys, spoil, where, used, said):
     spoil(tmp_path / "run/checkpoints" / where)
     run.config.out = f"{tmp_path / 'run'}"
     assert restore(run).name == used and run.step == int(used[5:]) == len(run.log)
-    expected = read_adapter(out / "checkpoints" / used)[0]
+    expected = read_adapter(out / "checkpoints" / used).tensors
     assert all(torch.equal(p, expected[k]) for k, p in adapter_tensors(run.pipe.transformer).items())
     err = capsys.readouterr().err
     assert err.startswith("warning: ") and all(word in err for word in said), err
@@ -285,7 +286,7 @@ def test_rotation(home, tmp_path):
     train(settings(home, tmp_path / "run", save_every=1, keep=2), progress=False)
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-8", "step-7"]
     shutil.copytree(tmp_path / "run/checkpoints/step-8", tmp_path / "run/checkpoints/step-99")
-    checkpoint.write_step(tmp_path / "run/checkpoints", 9, lambda folder: (folder / "x").touch(), keep=1)
+    resume.write_step(tmp_path / "run/checkpoints", 9, lambda folder: (folder / "x").touch(), keep=1)
     assert [p.name for p in step_folders(tmp_path / "run/checkpoints")] == ["step-99", "step-9"]
 
 
@@ -293,13 +294,13 @@ def test_rotation(home, tmp_path):
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 1e6])
 def test_a_ruinous_step_is_not_taken(home, whole, tmp_path, monkeypatch, factor):
-    import dualreal.trainer as trainer
-    loss, run = trainer.part_loss, []
+    from dualreal import loop
+    loss, run = loop.part_loss, []
 
     def poisoned(state, *args):
         run[:] = [state]
         return loss(state, *args) * (factor if state.step == 5 else 1)
-    monkeypatch.setattr(trainer, "part_loss", poisoned)
+    monkeypatch.setattr(loop, "part_loss", poisoned)
     with pytest.raises(FloatingPointError, match="step 6 .* was not taken.*good checkpoint is .*step-4"):
         train(settings(home, tmp_path / "run"), progress=False)
     assert run[0].step == 5
@@ -321,7 +322,7 @@ def test_a_plan_changes_nothing(home, whole, tmp_path, capsys, monkeypatch, memo
     "Losses and weights are those of the run without one, bit for bit (streamed: to rounding)."
     if memory == "stream":  # with two blocks it never pays, so the planner does not
         stream = Plan(2, attention=1, offload=True, streamed=2, budget=1, parts=(("all", 1),))
-        monkeypatch.setattr("dualreal.trainer.plan", lambda *args: stream)
+        monkeypatch.setattr("dualreal.memory.plan", lambda *args: stream)
     train(settings(home, tmp_path / "run", memory="auto" if memory == "stream" else memory))
     assert "predicted peak" in capsys.readouterr().out
     assert (alike if memory == "stream" else same)(tmp_path / "run", whole)
@@ -329,14 +330,17 @@ def test_a_plan_changes_nothing(home, whole, tmp_path, capsys, monkeypatch, memo
     assert {k: plan[k] for k in kept} == kept and 0 < plan["bytes"] <= plan["budget"]
 
 
-@pytest.mark.parametrize("memory", [None, LITTLE])
-def test_compiled(home, whole, tmp_path, monkeypatch, memory):
+TRACED = [pytest.param(memory, "aot_eager", marks=pytest.mark.slow) for memory in (None, LITTLE)]
+
+
+@pytest.mark.parametrize("memory, backend", [(None, None), *TRACED])
+def test_compiled(home, whole, tmp_path, monkeypatch, memory, backend):
     "A run may go on with compiled blocks (traced only: no C++ compiler is needed here)."
     traced = []
     def as_traced(transformer, **how):
         traced.append(how)
-        compile_blocks(transformer, backend="aot_eager", **how)
-    monkeypatch.setattr("dualreal.trainer.compile_blocks", as_traced)
+        if backend: compile_blocks(transformer, backend=backend, **how)
+    monkeypatch.setattr("dualreal.memory.compile_blocks", as_traced)
     with pytest.raises(Interrupted): train(settings(home, tmp_path / "run", memory=memory), stop_at(3))
     assert not traced
     train(settings(home, tmp_path / "run", memory=memory, resume=True, compile=True), progress=False)
@@ -353,13 +357,13 @@ def test_memory_may_change(home, whole, tmp_path):
                                           ("24", "25.8 GB were predicted: try --memory 16")])
 def test_out_of_memory(home, whole, tmp_path, capsys, monkeypatch, memory, says):
     "One line says which setting would fit; the run can be continued with it."
-    import dualreal.trainer as trainer
-    loss = trainer.part_loss
+    from dualreal import loop
+    loss = loop.part_loss
 
     def full(run, *args):
         if run.step == 5: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return loss(run, *args)
-    monkeypatch.setattr(trainer, "part_loss", full)
+    monkeypatch.setattr(loop, "part_loss", full)
     config = settings(home, tmp_path / "run", memory=memory)
     assert main(command(config)) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -509,23 +513,24 @@ def told(run, folder):
     return dict(identity=run.step / 8, motion=1 - run.step / 8, text=.3)
 
 
-def test_the_best_step_stays(home, whole, tmp_path, capsys):
+def test_the_best_step_stays(home, whole, tmp_path, capsys, monkeypatch):
     "Rows, picture and adapter outlive rotation; scoring changes nothing of the run."
     run = tmp_path / "run"
-    train(settings(home, run, preview_every=2, keep=1), progress=False, score=told)
+    monkeypatch.setattr("dualreal.evaluate.preview_scorer", lambda *how: told)
+    words = as_flags(settings(home, run, preview_every=2, keep=1))
+    assert main(["train", *words, "--score-previews"]) == 0
     assert same(run, whole)
     record = json.loads((run / "run.json").read_text())
     assert [row["step"] for row in record["scores"]] == [2, 4, 6, 8] and record["best"]["step"] == 4
     assert json.loads((run / "previews/scores.json").read_text()) == record["scores"]
     assert Image.open(run / "tradeoff.png").size > (100, 100)
     assert [p.name for p in checkpoints(run)] == ["step-8"] and len(list(run.glob("*.safetensors"))) == 1
-    _say_best(run)
     line = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert line[:2] == ["dualreal", "generate"] and main([*line[1:-1], f"{tmp_path / 'a.gif'}"]) == 0
-    assert read_adapter(run / "previews/step-4")[1]["steps_done"] == 4
+    assert read_adapter(run / "previews/step-4").info["steps_done"] == 4
 
 
-@pytest.mark.parametrize("when", ["save", "score"])
+@pytest.mark.parametrize("when", ["score", pytest.param("save", marks=pytest.mark.slow)])
 def test_scores_survive(home, tmp_path, when):
     "Killed between a checkpoint and its preview, or later: the same rows in the end."
     def fragile(run, folder):

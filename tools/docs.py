@@ -51,7 +51,7 @@ def process():
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
-    proc_nbs(n_workers=2, force=True)
+    proc_nbs(n_workers=0, force=True)  # most of the time goes into imports: one process has them once
 
 
 def page_name(notebook: str) -> str:

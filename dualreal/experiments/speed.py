@@ -291,17 +291,14 @@ def profile(run, top=8) -> dict: # run: a step
     return {r.key: round(r.self_cpu_time_total / total, 3) for r in rows[:top]}
 
 # %% ../../nbs/44_speed.ipynb
-def start_times(folder, rounds=1) -> dict: # folder: empty, for a drawn case and its caches
+def start_times(case, folder, rounds=1) -> dict: # case: with identity/ and motion/; folder: empty, for caches
     "Processor seconds until the first step is done, of a first and a second start, on the toy base."
-    from dualreal.toyworld import write_case
     from dualreal.trainer import TrainConfig, prepare, train_step
 
-    folder = Path(folder)
-    write_case(folder/"case", "teal_cat", "swinging", images=4, clips=6)
-    found = dict(first=[], second=[])
+    case, folder, found = Path(case), Path(folder), dict(first=[], second=[])
     for i in range(rounds):
         for which in found:
-            given = folder/"case/identity", folder/"case/motion", folder/f"{which}-{i}"
+            given = case/"identity", case/"motion", folder/f"{which}-{i}"
             config = TrainConfig(*map(str, given), cache=str(folder/f"cache-{i}"), device="cpu")
             found[which].append(seconds(lambda c=config: train_step(prepare(c, progress=False))))
     return {k: round(statistics.median(v), 3) for k, v in found.items()}
@@ -326,12 +323,12 @@ def predicted_flops(shapes:Shapes, keep="all", samples=1) -> int:
     return samples * (shapes.blocks * each - spared_flops(d, s))
 
 # %% ../../nbs/44_speed.ipynb
-def record_cpu(path="data/results/speed/cpu.json", shapes=Shapes(), rounds=5) -> dict:
-    "Measure the CPU rows; minutes."
+def record_cpu(case, path="data/results/speed/cpu.json", shapes=Shapes(), rounds=5) -> dict:
+    "Measure the CPU rows, starts with the case in the folder `case`; minutes."
     record = step_rows(shapes, rounds=rounds)
     kept = {k: kept_per_block(shapes, plain=k == "plain") for k in ("ours", "plain")}
     record["rows"]["kept per block / plain"] = round(kept["ours"] / kept["plain"], 3)
-    with tempfile.TemporaryDirectory() as folder: starts = start_times(folder)
+    with tempfile.TemporaryDirectory() as folder: starts = start_times(case, folder)
     record["rows"]["second start / first"] = round(starts["second"] / starts["first"], 3)
     transformer, given = build(shapes), inputs(shapes)
     flops = counted_flops(transformer, part(given, 0, 1))
