@@ -180,8 +180,8 @@ VERSION = 2 # of keys; what scores mean, or these lists, have changed: a new num
 
 _OF_BENCH = "scorer steps sampling videos batch images clips precision".split()
 _OF_SIZE = "height width frames fps max_tokens guidance steps groups rank reference_encoder".split()
-_NO_RESULT = ("micro_batch gradient_checkpointing memory compile save_every keep preview_every trackers samples "
-              "device cache resume").split() # of a training
+_NO_RESULT = ("micro_batch gradient_checkpointing memory compile save_every keep preview_every trackers "
+              "samples device cache resume").split() # of a training
 _USUAL = dict(settings={}, strengths=[1., 1.], targets=["to_q", "to_k", "to_v", "to_out.0"],
               prior=1., prior_videos=4, control=2., until=.6) # of a method
 
@@ -194,6 +194,15 @@ def _of_base(bench, method, lr): # sizes, and what it asks of a training
     unused = {*method.ignores, *_NO_RESULT, *(["lr"] if lr is not None else [])}
     asked = {k: v for k, v in size.training.items() if k not in unused}
     return {k: getattr(size, k) for k in _OF_SIZE} | dict(training=_unusual(asked))
+
+def _settings(job):
+    b, method = job.bench, find_method(job.method)
+    toy = ("toy-clip", "toy-dino") if "toy" in (b.base, b.scorer) else ()
+    data = b.data and [fingerprint(find_part(b.data, job.case[k])) for k in ("subject", "motion")]
+    return _unusual({k: getattr(b, k) for k in _OF_BENCH} | dict(
+        version=VERSION, lr=job.lr, seed=job.seed, case={k: job.case[k] for k in ("subject", "motion")},
+        prompts=job.templates, method=_unusual(method.described()), sizes=_of_base(b, method, job.lr),
+        base=fingerprint(find_base(b.base)), data=data, networks=[fingerprint(asset(n)) for n in toy]))
 
 # %% ../../nbs/41_benchmark.ipynb
 @dataclass(frozen=True)
@@ -214,13 +223,7 @@ class Job:
     @property
     def settings(self) -> dict:
         "What determines the result, JSON-able."
-        b, method = self.bench, find_method(self.method)
-        toy = ("toy-clip", "toy-dino") if "toy" in (b.base, b.scorer) else ()
-        data = b.data and [fingerprint(find_part(b.data, self.case[k])) for k in ("subject", "motion")]
-        return _unusual(dict({k: getattr(b, k) for k in _OF_BENCH}, version=VERSION, lr=self.lr, seed=self.seed,
-                             case={k: self.case[k] for k in ("subject", "motion")}, prompts=self.templates,
-                             method=_unusual(method.described()), base=fingerprint(find_base(b.base)), data=data,
-                             sizes=_of_base(b, method, self.lr), networks=[fingerprint(asset(n)) for n in toy]))
+        return _settings(self)
 
     @cached_property
     def key(self) -> str: return store.fingerprint(self.settings)[:16]
@@ -233,7 +236,7 @@ class Job:
 
     @property
     def keeps(self) -> int: # videos
-        "Those of the first table's methods with the first seed are to look at; the others leave numbers only."
+        "Of the first table's methods with the first seed, to look at; the others leave numbers only."
         shown = next(iter(self.bench.tables.values()), [self.method])
         return self.bench.keep if self.seed == self.bench.seeds[0] and self.method in shown else 0
 

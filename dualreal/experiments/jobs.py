@@ -78,13 +78,14 @@ class _Truth(Metrics):
     def __init__(self, case, info, world): # info: dict(subject=, motion=), that no base has seen
         for part, known in (("subject", world.subjects), ("motion", world.motions)):
             if info[part] not in known:
-                raise InputError(f"scorer {world.name!r} knows no {part} {info[part]!r}: for your own pictures and "
-                                 "clips, give \"scorer\": \"published\" in the benchmark's file")
+                raise InputError(f"scorer {world.name!r} knows no {part} {info[part]!r}: for your own "
+                                 "pictures and clips, give \"scorer\": \"published\" in the benchmark's file")
         super().__init__(case, world.name)
         self.truth = partial(world.truth, subject=info["subject"], motion=info["motion"])
 
     def __call__(self, frames, fps, prompt): return super().__call__(frames, fps, prompt) | self.truth(frames)
 
+# %% ../../nbs/43_jobs.ipynb
 class _Pixels:
     "What needs no network: for trying things out."
     encoders = dict(temporal_flickering="none needed")
@@ -124,8 +125,9 @@ def compute(job:Job) -> dict: # the result; its videos under "kept"
         scene = joint_prompt(case.identity_prompt, case.motion_prompt)
         asked = [t.format(scene) for t in job.templates]
         score = scorer_of(job, case) # before training: it may lack a network
-        config = TrainConfig(*map(str, folders), f"{home}/run", job.bench.base, steps=job.bench.steps, seed=job.seed,
-                             lr=job.lr, prompts=list(dict.fromkeys(asked)), samples=0, precision=job.bench.precision)
+        own = dict(steps=job.bench.steps, precision=job.bench.precision, seed=job.seed, lr=job.lr)
+        config = TrainConfig(*map(str, folders), f"{home}/run", job.bench.base, samples=0, **own,
+                             prompts=list(dict.fromkeys(asked)))
         settings = {k: v for k, v in job.settings.items() if k not in _OWN}
         record = dict(settings=settings, title=method.title, rows=[], precision=_precision(config))
         try: run, frames, weights = _train_and_generate(job, method, config, asked, seconds)
@@ -141,7 +143,8 @@ def compute(job:Job) -> dict: # the result; its videos under "kept"
                 environment=environment(), kept=list(frames[:job.keeps]))
 
 # %% ../../nbs/43_jobs.ipynb
-def _precision(config): return str(pick_dtype(pick_device(config.device), config.precision)).removeprefix("torch.")
+def _precision(config):
+    return str(pick_dtype(pick_device(config.device), config.precision)).removeprefix("torch.")
 
 def _train_and_generate(job, method, config, asked, seconds):
     start = time.perf_counter()
@@ -192,6 +195,7 @@ def claim(job:Job, out): # its lock, held; "there" or "claimed": it is not ours 
     lock.release()
     return "there"
 
+# %% ../../nbs/43_jobs.ipynb
 def run_job(job:Job, out, work=compute, # job -> record
             journal:Journal=None) -> str: # "done", "there", "claimed"
     "Do a job unless it is done or somebody else is at it."
@@ -216,7 +220,7 @@ class _Told(RuntimeError): pass # another process has said what it is
 _VARIABLE = "DUALREAL_JOURNAL"
 
 def journal_of_parent() -> Journal|None: # None: nobody's
-    "The journal of a process that `run_together` started; from now on it has one thread, and ends with its parent."
+    "The journal of a process that `run_together` started; it gets one thread, and ends with its parent."
     if not (path := os.environ.get(_VARIABLE)): return None
     import cv2
     import torch
@@ -228,6 +232,7 @@ def journal_of_parent() -> Journal|None: # None: nobody's
     threading.Thread(target=follow, daemon=True).start()
     return Journal(path)
 
+# %% ../../nbs/43_jobs.ipynb
 def run_together(command:list, count:int, journal:Journal, tries=3, wait=.1): # yields events
     "Run a command in `count` processes until all have ended by themselves; replace those that die."
     env = dict(os.environ, OMP_NUM_THREADS="1", **{_VARIABLE: str(journal.path)})
@@ -248,6 +253,7 @@ def run_together(command:list, count:int, journal:Journal, tries=3, wait=.1): # 
         for p in processes: p.kill()
         for p in processes: p.wait()
 
+# %% ../../nbs/43_jobs.ipynb
 def _bury(process, journal, tries): # what it was at is blamed if it kills again and again
     mine = [e for e in journal.events() if e["pid"] == process.pid and e["event"] != "died"]
     job = mine[-1]["job"] if mine and mine[-1]["event"] == "begin" else None
@@ -296,7 +302,8 @@ def _serial(jobs, out, work, journal=None):
 def _pool(jobs, out, workers, command):
     with _tempfile.TemporaryDirectory() as home:
         write_jobs(f"{home}/jobs.json", jobs)
-        own = [sys.executable, "-m", "dualreal.cli", "bench", "run", "--jobs", f"{home}/jobs.json", "--out", str(out)]
+        own = [sys.executable, "-m", "dualreal.cli", "bench", "run"]
+        own += ["--jobs", f"{home}/jobs.json", "--out", str(out)]
         left = {j.name: j for j in jobs}
         count = min(workers, len(jobs))
         for e in run_together(command or own, count, Journal(f"{home}/journal")):
@@ -305,17 +312,20 @@ def _pool(jobs, out, workers, command):
             else: yield job, None, (InputError if e["mistake"] else _Told)(e["why"])
         for job in left.values(): yield job, "there" if results.is_there(job, out) else "claimed", None
 
+# %% ../../nbs/43_jobs.ipynb
 def write_jobs(path, jobs:list):
     "A list for other processes."
     benches = []
     for j in jobs: benches += [j.bench] * (j.bench not in benches)
-    facts = [dict(bench=benches.index(j.bench), method=j.method, case=j.case, seed=j.seed, lr=j.lr) for j in jobs]
-    write_json(path, dict(benches=[asdict(b) for b in benches], jobs=facts))
+    facts = lambda j: {k: getattr(j, k) for k in ("method", "case", "seed", "lr")}
+    write_json(path, dict(benches=[asdict(b) for b in benches],
+                          jobs=[facts(j) | dict(bench=benches.index(j.bench)) for j in jobs]))
 
 def read_jobs(path) -> list[Job]:
     "What `write_jobs` wrote."
     told = json.loads(Path(path).read_text(encoding="utf-8"))
-    benches = [Bench(**{k: tuple(v) if isinstance(v, list) else v for k, v in b.items()}) for b in told["benches"]]
+    bench = lambda b: Bench(**{k: tuple(v) if isinstance(v, list) else v for k, v in b.items()})
+    benches = [bench(b) for b in told["benches"]]
     return [Job(**dict(facts, bench=benches[facts["bench"]])) for facts in told["jobs"]]
 
 # %% ../../nbs/43_jobs.ipynb
@@ -331,6 +341,7 @@ def _room(ray): # jobs given to the cluster at once; each holds a lock, which is
     have = ray.cluster_resources()
     return min(400, 2 * max(1, int(have.get("GPU", have.get("CPU", 1)))))
 
+# %% ../../nbs/43_jobs.ipynb
 def _ray(jobs, out, address, work):
     "Yields (job, how it ended, error); records come back to this process, which claims and saves."
     ray = _cluster(address)
@@ -405,7 +416,8 @@ def _scored(bench, found): # found: (job, record)
             raise InputError(f"{job.name}: lacks a score that the search maximises, {bench.objective}")
         table.setdefault(job.lr, []).append(float(np.mean(scores)) if scores else None)
     means = {lr: None if None in some else float(np.mean(some)) for lr, some in table.items()}
-    known = {k: settings.get(k) for k in ("steps", "videos", "base")} | dict(networks=settings.get("networks", []))
+    known = {k: settings.get(k) for k in ("steps", "videos", "base")}
+    known["networks"] = settings.get("networks", [])
     return dict(known, objective=list(bench.objective), cases=list(bench.search), seeds=list(bench.seeds),
                 tried={str(lr): m for lr, m in means.items()}, settings=fingerprint(dict(settings, lr=None)))
 

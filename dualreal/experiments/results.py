@@ -30,7 +30,9 @@ def _waiting(bench, out): # folder of results that are not collected; another `o
     where = fingerprint(Path(out).resolve().as_posix())[:8]
     return cache_folder()/"benchmark"/f"{bench.name}-{where}"
 
-def lock_of(bench:Bench, out, name:str, shared=False) -> FileLock: # shared: beside the tables, not in the cache
+def lock_of(bench:Bench, out, name:str,
+            shared=False # beside the tables, not in the cache
+           ) -> FileLock:
     "A lock that the system takes back when its process dies."
     locks = (Path(out) if shared else _waiting(bench, out))/".locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,8 @@ def _write_table(path, rows, lines): # rows: key -> rows; lines: of `jobs.jsonl`
     cell = lambda k, v: v if k in _LEADING and isinstance(v, str) else json.dumps(v)
     def facts(key):
         known, case = lines[key], lines[key]["case"]
-        return dict(method=known["method"], case=f"{case['subject']}-{case['motion']}", seed=known["seed"], key=key)
+        where = f"{case['subject']}-{case['motion']}"
+        return dict(method=known["method"], case=where, seed=known["seed"], key=key)
     flat = [{k: cell(k, v) for k, v in (dict(video=i) | facts(key) | row).items()}
             for key, some in rows.items() for i, row in enumerate(some)]
     flat.sort(key=lambda r: [*(r[k] for k in ("method", "case", "seed", "key")), int(r["video"])])
@@ -104,6 +107,7 @@ def _write_table(path, rows, lines): # rows: key -> rows; lines: of `jobs.jsonl`
         table.writeheader()
         table.writerows(flat)
 
+# %% ../../nbs/42_results.ipynb
 def _merge(bench, out, records):
     "Add them to the tables; `jobs.jsonl` is last, because what it does not name is not there."
     folder, by_table = Path(out)/bench.name, {}
@@ -116,7 +120,8 @@ def _merge(bench, out, records):
         by_table.setdefault(line["table"], {})[line["key"]] = rows
     for name, rows in by_table.items():
         path = folder/f"{name}.csv"
-        known = {k: v for k, v in (_read(path, _rows) or {}).items() if lines.get(k, {}).get("table") == name}
+        known = _read(path, _rows) or {}
+        known = {k: v for k, v in known.items() if lines.get(k, {}).get("table") == name}
         _write_table(path, known | rows, lines)
     write_json(folder/"shared.json", shared)
     _write(folder/"jobs.jsonl", "".join(f"{json.dumps(lines[k], sort_keys=True)}\n" for k in sorted(lines)))
@@ -131,16 +136,18 @@ def collect(bench:Bench, out) -> int: # how many
 
 # %% ../../nbs/42_results.ipynb
 def _table(path):
-    if (found := _read(path, _rows)) is None: raise InputError(f"{path}: is gone; take it back from its history")
-    return found
+    if (found := _read(path, _rows)) is not None: return found
+    raise InputError(f"{path}: is gone; take it back from its history")
 
 def _known(bench, out, rows=True): # key -> record
     fresh = [_read(p) for p in _waiting(bench, out).glob("[!.]*.json")]
     folder = Path(out)/bench.name
     lines = _read(folder/"jobs.jsonl", _lines) or {}
     shared = _read(folder/"shared.json") or {}
-    tables = {t: _table(folder/f"{t}.csv") for t in {r["table"] for r in lines.values()}} if rows else {}
-    found = {k: _joined(r, shared) | dict(rows=tables.get(r["table"], {}).get(k, [])) for k, r in lines.items()}
+    names = {r["table"] for r in lines.values()} if rows else ()
+    tables = {t: _table(folder/f"{t}.csv") for t in names}
+    scores = lambda key: tables.get(lines[key]["table"], {}).get(key, [])
+    found = {k: _joined(r, shared) | dict(rows=scores(k)) for k, r in lines.items()}
     return found | {r["key"]: r for r in fresh if r}
 
 def read_results(jobs:list, out) -> list: # records, in the order of the jobs
@@ -153,6 +160,7 @@ def read_results(jobs:list, out) -> list: # records, in the order of the jobs
         return dict(method=j.method, case=j.case, seed=j.seed, videos=own)
     return [known[j.bench.name][j.key] | facts(j) for j in jobs if j.key in known[j.bench.name]]
 
+# %% ../../nbs/42_results.ipynb
 @lru_cache(maxsize=4)
 def _keys(path, stamp): return frozenset(_read(path, _lines))
 
@@ -185,6 +193,7 @@ def paired(results:list) -> list: # of `read_results`
     shared = set.intersection(*have.values()) if have else set()
     return [r for r in results if where(r) in shared]
 
+# %% ../../nbs/42_results.ipynb
 def by_case(results:list, # of `read_results`
             column:str) -> dict: # method -> (subject, motion) -> its videos' values
     "One column, ready to be averaged."
