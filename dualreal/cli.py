@@ -384,23 +384,26 @@ def _numbers(text, kind, flag): # "0,1" -> [0, 1]
 # %% ../nbs/52_cli.ipynb
 def run_bench(args):
     "dualreal bench: methods compared, case by case."
+    import dualreal.toytruth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.experiments import benchmark as b
+    from dualreal.experiments import jobs, results
     if args.action == "data": return _bench_data(args)
+    out = str(b.results_folder(args.out))
+    if args.jobs: return jobs.run_jobs(jobs.read_jobs(args.jobs), out) and None
     numbers = dict(seeds=_numbers(args.seeds, int, "seeds"), lrs=_numbers(args.lrs, float, "lrs"))
     given = {k: getattr(args, k) for k in ("base", "steps", "sampling", "videos", "data")}
-    bench = b.load_bench(args.bench or "toy", **numbers, **given)
-    out, methods = args.out or str(b.data_folder()/"results"), _split(args.methods)
-    how = dict(workers=1 if args.workers is None else args.workers, ray=args.ray)
-    if args.action == "search": return print(json.dumps(b.search_lr(bench, out, methods, **how), indent=1))
+    bench, methods = b.load_bench(args.bench, **numbers, **given), _split(args.methods)
+    how = dict(workers=args.workers, ray=args.ray)
+    if args.action == "collect": return print(f"{results.collect(bench, out)} results collected")
+    if args.action == "search": return print(json.dumps(jobs.search_lr(bench, out, methods, **how), indent=1))
     if args.lrs: raise InputError(f"--lrs is for bench search; for {args.action} give --methods NAME:lr=X")
     cases = _split(args.cases)
     if lost := b.absent(bench, cases): print(b.absent_note(bench, lost), file=sys.stderr)
     if args.action == "report": return print(_bench_report(bench, out, args))
-    jobs = b.jobs_of(bench, out, methods, cases)
-    if args.action == "status": return _bench_status(b.status(jobs, out))
-    if named := b.unsearched(jobs): print(b.unsearched_note(named))
-    if told := b.foreign(bench, out, jobs): print(b.foreign_note(told))
-    _bench_run(b.run_jobs(jobs, out, **how), len(jobs))
+    asked = b.jobs_of(bench, out, methods, cases)
+    if args.action == "status": return _bench_status(results.status(asked, out))
+    for text in b.rate_notes(bench, out, asked): print(text)
+    _bench_run(jobs.run_jobs(asked, out, **how), len(asked))
 
 def _split(text): # 'lora,isolated:strengths=[1,0.5]' -> the two; commas within brackets are not ours
     return text and re.split(r",(?![^\[]*\])", text)
@@ -421,19 +424,20 @@ def _bench_report(bench, out, args):
 
 def _bench_table(bench, out, methods, args):
     "Methods compared on the cases and seeds that all of them have; what is missing is said."
-    from dualreal.experiments import benchmark as b
-    jobs = b.jobs_of(bench, out, methods, _split(args.cases))
-    shown = b.paired(found := b.read_results(jobs, out))
+    from dualreal.experiments.benchmark import jobs_of
+    from dualreal.experiments.results import paired, read_results, table_of
+    jobs = jobs_of(bench, out, methods, _split(args.cases))
+    shown = paired(found := read_results(jobs, out))
     print(f"{', '.join(methods)}: {len(found)} of {len(jobs)} results are recorded, {len(shown)} are shown",
           file=sys.stderr)
-    return b.table_of(shown)
+    return table_of(shown)
 
 def _bench_run(ended, count):
     done, claimed, failed = ended["done"], ended["claimed"], ended["failed"]
     there = count - done - claimed - len(failed)
     print(f"{done} done now, {len(failed)} failed, {claimed} with another process, {there} were there")
-    for path, why in failed.items():
-        raise RuntimeError(f"{len(failed)} jobs failed, the first is {path}: {why}; start again to retry")
+    for name, why in failed.items():
+        raise RuntimeError(f"{len(failed)} jobs failed, the first is {name}: {why}; start again to retry")
 
 def _bench_status(found):
     for method, row in found["methods"].items():

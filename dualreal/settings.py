@@ -270,8 +270,8 @@ class EvaluateConfig:
 @dataclass
 class BenchConfig:
     "Which results of a benchmark are wanted, and where they are made."
-    action: str = option(..., "run, status, report, search or data", shown="ACTION", place=True,
-                         choices=("run", "status", "report", "search", "data"))
+    action: str = option(..., "run, status, report, search, data or collect", shown="ACTION", place=True,
+                         choices=("run", "status", "report", "search", "data", "collect"))
     bench: str = option("toy", "toy, published, or a JSON file")
     base: str | None = option(None, "another base", unset="the benchmark's")
     methods: str | None = option(None, "methods or tables, with commas", unset="all tables")
@@ -285,6 +285,7 @@ class BenchConfig:
     lrs: str | None = option(None, "learning rates to search, with commas", unset="the benchmark's")
     workers: int = option(1, "processes", least=1)
     ray: str | None = option(None, "address of a Ray cluster, or local", unset="no Ray")
+    jobs: str | None = option(None, "a list that a run with several workers wrote for them", unset="none")
     out: str | None = option(None, "folder of results", unset="data/results")
     format: str = option("markdown", "of the report", choices=("markdown", "latex", "json"))
 

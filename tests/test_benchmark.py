@@ -9,22 +9,22 @@ import time
 import types
 from collections import Counter
 from configparser import ConfigParser
-from dataclasses import replace
+from dataclasses import asdict, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
+import dualreal.toytruth  # noqa: F401  enters the toy among the worlds
+from dualreal import encoders
 from dualreal.backbone import tiny_pipeline
 from dualreal.cli import main
 from dualreal.core import InputError, write_json
 from dualreal.data import load_case
-from dualreal.experiments import benchmark, encoders
+from dualreal.experiments import benchmark, jobs, results
 from dualreal.experiments.benchmark import (
-    SCORERS,
-    TRUTH,
+    Job,
     absent,
     completeness,
     data_folder,
@@ -35,11 +35,27 @@ from dualreal.experiments.benchmark import (
     load_bench,
     paper_bench,
     rates_file,
-    read_results,
     read_table,
+)
+from dualreal.experiments.jobs import (
+    Metrics,
+    networks_of,
+    read_jobs,
     run_job,
     run_jobs,
+    scorer_of,
     search_lr,
+    write_jobs,
+)
+from dualreal.experiments.results import (
+    TRUTH,
+    collect,
+    gap,
+    lock_of,
+    paired,
+    read_results,
+    save,
+    spent,
     status,
     table_of,
 )
@@ -100,21 +116,46 @@ def fragile(job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def deadly(job):
+    "One job kills whoever tries it."
+    if (job.method, job.case["subject"]) == ("lora", "teal_cat"): os.kill(os.getpid(), signal.SIGKILL)
+    return made(job)
+
+
+def sleepy(job):
+    "A job that takes too long."
+    (Path(os.environ["DUALREAL_MARK"]) / f"began-{os.getpid()}").touch()
+    time.sleep(60)
+
+
+def worker(work, asked, out, folder):
+    "How to start a process that does one of these: this file is the command."
+    write_jobs(folder / "jobs.json", asked)
+    return [sys.executable, str(Path(__file__)), work.__name__, str(folder / "jobs.json"), str(out)]
+
+
+def tables(out):
+    "Every file of the results, by content."
+    return {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file() and ".locks" not in p.parts}
+
+
 def test_end_to_end(home, bench, capsys):
     "2 cases x 3 methods by the command; again: nothing is done; then the report."
     out = home / "results"
     command = ["bench", "run", "--bench", str(home / "tiny.json"), "--out", str(out)]
     assert main(command) == 0
-    files = {p: p.stat().st_mtime_ns for p in out.rglob("*.json")}
-    assert len(files) == 6 and len(list(out.rglob("*.mp4"))) == 6
+    asked, files = jobs_of(load_bench(str(home / "tiny.json")), out), tables(out)
+    found = read_results(asked, out)
+    assert len(found) == 6 == len(list(out.rglob("*.mp4"))) and all(len(r["videos"]) == 1 for r in found)
     assert main(command) == 0
     assert "0 done now" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.json")} == files
-    one = json.loads(next(iter(files)).read_text())
+    assert tables(out) == files
+    assert sorted(p.name for p in files if p.suffix != ".mp4") == ["all.csv", "jobs.jsonl", "shared.json"]
+    one = found[0]
     assert len(one["rows"]) == 2 and 0 <= one["rows"][0]["temporal_flickering"] <= 1
     assert {"settings", "seed", "seen", "environment", "seconds", "config"} <= one.keys()
     assert one["environment"]["packages"]["torch"] and one["environment"]["date"]
-    assert len({json.dumps(json.loads(p.read_text())["seen"]) for p in files}) == 1  # equal budgets
+    assert len({json.dumps(r["seen"]) for r in found}) == 1  # equal budgets
     for style in ("markdown", "latex", "json"):
         assert main(["bench", "report", *command[2:], "--format", style]) == 0
         assert "LoRA" in (said := capsys.readouterr().out) or "lora" in said
@@ -125,20 +166,19 @@ def test_report_compares_the_same_cases(home, bench, tmp_path, capsys):
     "What one method lacks, or diverged on, no method shows; how many that leaves is said."
     report = ["bench", "report", "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]
     assert main(report) == 2 and "no result" in capsys.readouterr().err
-    run_jobs(jobs_of(bench, tmp_path), tmp_path, progress=False, work=made)
     first, second = jobs_of(bench, tmp_path, ["lora"])
-    second.path(tmp_path).unlink()
+    run_jobs([j for j in jobs_of(bench, tmp_path) if j != second], tmp_path, progress=False, work=made)
     assert main([*report, "--format", "json", "--methods", "all"]) == 0
     told = capsys.readouterr()
     assert {m: row["temporal_flickering"]["n"] for m, row in json.loads(told.out).items()} == dict.fromkeys(
         ("dualreal", "lora", "isolated"), 1)
     assert "5 of 6 results are recorded, 3 are shown" in told.err
-    write_json(first.path(tmp_path), dict(made(first), rows=[], error="loss nan at step 3"))
+    save(first, tmp_path, dict(made(first), rows=[], error="loss nan at step 3"))
     assert main([*report, "--format", "json", "--methods", "dualreal,lora"]) == 2
     assert main([*report, "--methods", "dualreal"]) == 0 and "| DualReal | 2 |" in capsys.readouterr().out
     assert main(report) == 2  # its one table needs LoRA
-    first.path(tmp_path).write_text("{half")
-    assert main([*report, "--methods", "lora"]) == 2 and first.path(tmp_path).name in capsys.readouterr().err
+    (tmp_path / "tiny/jobs.jsonl").write_text("{half")
+    assert main([*report, "--methods", "lora"]) == 2 and "jobs.jsonl" in capsys.readouterr().err
 
 
 def test_changed_configurations_do_not_mix(bench, tmp_path):
@@ -146,7 +186,7 @@ def test_changed_configurations_do_not_mix(bench, tmp_path):
     run_jobs(jobs, tmp_path, progress=False, work=made)
     for change in (dict(steps=7), dict(prompts=("{}",)), dict(sampling=3), dict(videos=1), dict(images=3)):
         other = jobs_of(replace(bench, **change), tmp_path)
-        assert not {j.path(tmp_path) for j in jobs} & {j.path(tmp_path) for j in other}, change
+        assert not {j.key for j in jobs} & {j.key for j in other}, change
         assert status(other, tmp_path)["other"] == 6 and read_results(other, tmp_path) == []
     assert jobs_of(bench, tmp_path, ["lora:rank=2"])[0].key != jobs_of(bench, tmp_path, ["lora"])[0].key
 
@@ -166,7 +206,7 @@ def test_report_by_hand(bench, tmp_path):
     jobs = jobs_of(two, tmp_path, ["lora"])
     for job in jobs:
         rows = [dict(clip_t=v) for v in values[two.cases.index(job.case), job.seed]]
-        write_json(job.path(tmp_path), dict(rows=rows))
+        save(job, tmp_path, dict(rows=rows))
     cell = table_of(read_results(jobs, tmp_path))["lora"]["clip_t"]
     assert cell["mean"] == (2. + 15.) / 2 and cell["n"] == 2 and (cell["low"], cell["high"]) == (2., 15.)
     shown = counted({"LoRA, merged": {"clip_t": cell}})
@@ -176,15 +216,14 @@ def test_report_by_hand(bench, tmp_path):
 
 def claim(job, out):
     "Another process is at it."
-    (out / ".locks").mkdir(exist_ok=True)
-    return FileLock(out / ".locks" / f"{job.path(out).parent.name}-{job.path(out).stem}.lock")
+    return lock_of(job.bench, out, job.name)
 
 
 def test_claimed_by_another(home, bench, tmp_path, capsys):
     "It is neither done nor there, and is told so."
     jobs = jobs_of(bench, tmp_path)
     with claim(jobs[0], tmp_path):
-        assert run_job(jobs[0], tmp_path, made) == "claimed" and not jobs[0].path(tmp_path).exists()
+        assert run_job(jobs[0], tmp_path, made) == "claimed" and not read_results(jobs, tmp_path)
         ended = run_jobs(jobs, tmp_path, progress=False, work=made)
         assert ended == dict(done=5, claimed=1, failed={})
         assert main(["bench", "run", "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]) == 0
@@ -198,14 +237,14 @@ def test_interrupted_between_video_and_result(bench, tmp_path, monkeypatch):
     job = jobs_of(bench, tmp_path)[0]
     def interrupted(path, obj): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(benchmark, "write_json", interrupted)
+        m.setattr(results, "write_json", interrupted)
         with pytest.raises(KeyboardInterrupt): run_job(job, tmp_path, filmed)
-    video = job.path(tmp_path).with_suffix(".0.mp4")
-    assert video.exists() and list(tmp_path.rglob("*.json")) == [] == read_results([job], tmp_path)
+    video = tmp_path / "tiny/videos" / f"{job.name}.0.mp4"
+    assert video.exists() and read_results([job], tmp_path) == []
     assert status([job], tmp_path)["methods"]["dualreal"] == dict(done=0, diverged=0, missing=1)
     video.write_bytes(b"half")
     assert run_jobs([job], tmp_path, progress=False, work=filmed)["done"] == 1
-    assert job.path(tmp_path).exists() and video.stat().st_size > 100
+    assert read_results([job], tmp_path)[0]["videos"] == [video] and video.stat().st_size > 100
 
 
 def test_failures_do_not_stop_the_others(bench, tmp_path):
@@ -233,27 +272,43 @@ def test_killed_run_continues(home, bench, tmp_path):
                "--out", str(tmp_path), "--methods", "lora"]
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     going = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 300
-    there = lambda: list(tmp_path.rglob("lora/[!.]*.json"))  # not the hidden half of one
-    while not there() and going.poll() is None and time.time() < deadline: time.sleep(.02)
+    jobs, deadline = jobs_of(bench, tmp_path, ["lora"]), time.time() + 300
+    while not (before := read_results(jobs, tmp_path)) and going.poll() is None and time.time() < deadline:
+        time.sleep(.02)
     os.killpg(going.pid, signal.SIGKILL)
     going.wait()
-    before = {p: p.read_bytes() for p in there()}
-    jobs = jobs_of(bench, tmp_path, ["lora"])
-    assert before
+    before = read_results(jobs, tmp_path)
+    assert before and not (tmp_path / "tiny/jobs.jsonl").exists()  # it waits in the cache
     assert run_jobs(jobs, tmp_path, progress=False)["done"] == len(jobs) - len(before)
-    assert all(p.read_bytes() == text for p, text in before.items())
+    after = {r["key"]: r for r in read_results(jobs, tmp_path)}
+    assert (tmp_path / "tiny/jobs.jsonl").exists() and all(after[r["key"]] == r for r in before)
     assert status(jobs, tmp_path) == dict(methods=dict(lora=dict(done=2, diverged=0, missing=0)), other=0)
 
 
 @pytest.mark.slow
 def test_killed_worker_of_the_pool(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("DUALREAL_MARK", str(tmp_path))
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
-    ended = run_jobs(jobs_of(bench, tmp_path), tmp_path, workers=2, progress=False, work=fragile)
-    assert ended == dict(done=6, claimed=0, failed={}) and len(list(tmp_path.rglob("*/*/*.json"))) == 6
+    asked = jobs_of(bench, tmp_path)
+    command = worker(fragile, asked, tmp_path, tmp_path)
+    ended = run_jobs(asked, tmp_path, workers=2, progress=False, command=command)
+    assert ended == dict(done=6, claimed=0, failed={}) and len(read_results(asked, tmp_path)) == 6
     assert tries(tmp_path) == [1, 1, 1, 1, 1, 2]  # only the killed one twice
+
+
+@pytest.mark.slow
+def test_job_that_kills_is_blamed(bench, tmp_path):
+    "After three processes; the others' jobs are done."
+    asked = jobs_of(bench, tmp_path)
+    command = worker(deadly, asked, tmp_path, tmp_path)
+    ended = run_jobs(asked, tmp_path, workers=2, progress=False, command=command)
+    (name, why), = ended["failed"].items()
+    assert ended["done"] == 5 and name.startswith("lora-teal_cat") and "died 3 times" in why
+
+
+@pytest.mark.slow
+def test_worker_that_cannot_start(bench, tmp_path):
+    with pytest.raises(RuntimeError, match="a worker cannot start"):
+        run_jobs(jobs_of(bench, tmp_path), tmp_path, 2, progress=False, command=[sys.executable, "-c", "1/0"])
 
 
 def tries(folder):
@@ -271,7 +326,7 @@ def test_workers_end_with_their_parent(home, bench, tmp_path):
     going = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     tasks = Path(f"/proc/{going.pid}/task")
     spawned = lambda: [n for p in tasks.glob("*/children") for n in p.read_text().split()]
-    there, deadline = lambda: list(tmp_path.rglob("*/*/[!.]*.json")), time.time() + 300
+    there, deadline = lambda: read_results(jobs_of(bench, tmp_path), tmp_path), time.time() + 300
     while not there() and going.poll() is None and time.time() < deadline: time.sleep(.05)
     workers = spawned()
     going.kill()
@@ -291,7 +346,8 @@ def test_killed_worker_of_a_ray_cluster(bench, tmp_path, monkeypatch):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try: ended = run_jobs(jobs_of(bench, tmp_path), tmp_path, ray="local", progress=False, work=fragile)
     finally: ray.shutdown()
-    assert ended == dict(done=6, claimed=0, failed={}) and len(list(tmp_path.rglob("*/*/*.json"))) == 6
+    assert ended == dict(done=6, claimed=0, failed={})
+    assert len(read_results(jobs_of(bench, tmp_path), tmp_path)) == 6
     assert tries(tmp_path) == [1, 1, 1, 1, 1, 2]  # only the killed one twice
 
 
@@ -368,44 +424,38 @@ def test_the_extra_knows_ray_addresses():
     assert config["DEFAULT"]["ray_requirements"] == "ray[client]"
 
 
-SLEEPY = """
-import os, signal, sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from dualreal.experiments.benchmark import run_jobs
+PARENT = """
+import signal, sys
+from dualreal.experiments.jobs import read_jobs, run_jobs
 
-class Job:
-    bench = SimpleNamespace(scorer="pixels")
-    def __init__(self, n): self.n = n
-    def path(self, out): return Path(out)/"tiny"/"sleepy"/f"{self.n}.json"
-
-def sleepy(job):
-    (Path(sys.argv[1])/f"began-{os.getpid()}").touch()
-    time.sleep(60)
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background
-    run_jobs([Job(n) for n in range(8)], sys.argv[1], workers=2, work=sleepy)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background
+name, out, *command = sys.argv[1:]
+run_jobs(read_jobs(name), out, workers=2, command=command)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_interrupt_ends_a_pool(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_workers(bench, tmp_path, sent):
     "Ctrl-C: what waits is not begun, what runs is killed, and the command ends."
-    (tmp_path / "sleepy.py").write_text(SLEEPY)
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    out = tmp_path / "out"
+    command = worker(sleepy, jobs_of(bench, out), out, tmp_path)
+    env = dict(os.environ, PYTHONPATH=str(ROOT), DUALREAL_MARK=str(tmp_path))
     with open(tmp_path / "said", "w") as said:
-        going = subprocess.Popen([sys.executable, tmp_path / "sleepy.py", tmp_path], env=env,
-                                 start_new_session=True, stderr=said)
+        parent = [sys.executable, "-c", PARENT, str(tmp_path / "jobs.json"), str(out), *command]
+        going = subprocess.Popen(parent, env=env, start_new_session=True, stderr=said)
     began, deadline = lambda: list(tmp_path.glob("began-*")), time.time() + 120
     while len(began()) < 2 and going.poll() is None and time.time() < deadline: time.sleep(.1)
     try:
-        going.send_signal(signal.SIGINT)
-        assert going.wait(timeout=15) and "KeyboardInterrupt" in (tmp_path / "said").read_text()
-        assert len(began()) == 2 and not list(tmp_path.rglob("*.json"))
-        for mark in began():
-            with pytest.raises(ProcessLookupError): os.kill(int(mark.name.removeprefix("began-")), 0)
+        going.send_signal(sent)
+        assert going.wait(timeout=15)
+        assert sent == signal.SIGTERM or "KeyboardInterrupt" in (tmp_path / "said").read_text()
+        assert len(began()) == 2 and not read_results(jobs_of(bench, out), out)
+        alive = lambda: [p for m in began() if (p := Path("/proc", m.name.removeprefix("began-"))).exists()]
+        deadline = time.time() + 15  # they hear of a parent that was killed
+        while alive() and time.time() < deadline: time.sleep(.1)
+        assert not alive()
     finally:
         if going.poll() is None: os.killpg(going.pid, signal.SIGKILL)
 
@@ -477,16 +527,18 @@ def test_data_says_what_can_run(folder, capsys):
 
 def test_missing_network_stops_before_training(bench, tmp_path, monkeypatch):
     "A result without a score would count as done for ever; what is said can be done."
-    monkeypatch.setattr(encoders, "fetch", lambda key: (None, "nobody answers"))
-    monkeypatch.setattr(benchmark, "_train_and_generate", lambda *a: pytest.fail("trained"))
+    lost = {key: encoders.Missing(name, "nobody answers") for key, (name, *_) in encoders.PUBLISHED.items()}
+    monkeypatch.setattr(encoders, "load_encoders", lambda *a, **k: lost)
+    networks_of.cache_clear()
+    monkeypatch.setattr("dualreal.experiments.baselines.prepare", lambda *a, **k: pytest.fail("trained"))
     jobs = jobs_of(replace(bench, scorer="published"), tmp_path, ["lora"])
     with pytest.raises(InputError, match="`hf download facebook/dino-vits16`") as said:
         run_jobs(jobs, tmp_path, progress=False)
     assert "save https://" in str(said.value) and "--weights" not in str(said.value)
-    assert not list(tmp_path.rglob("*.json"))
+    assert not read_results(jobs, tmp_path)
     none = dict(dino_i=encoders.Missing("toy-dino", "a recipe makes it"))
     monkeypatch.setattr(encoders, "load_encoders", lambda *a, **k: none)
-    benchmark._encoders.cache_clear()
+    networks_of.cache_clear()
     with pytest.raises(InputError, match="a recipe makes it"):
         run_jobs(jobs_of(replace(bench, scorer="toy"), tmp_path, ["lora"]), tmp_path, progress=False)
 
@@ -510,7 +562,7 @@ def test_rates_of_other_conditions_are_said(home, bench, tmp_path, capsys, monke
     assert told() == told(steps=3) == {}  # 3 is the base's own
     assert told(steps=7) == {"lora:rank=2": ["steps"]} and told(base=str(other)) == {"lora:rank=2": ["base"]}
     assert told(scorer="toy") == {"lora:rank=2": ["networks"]}
-    monkeypatch.setattr(benchmark, "run_jobs", lambda *a, **k: dict(done=0, claimed=0, failed={}))
+    monkeypatch.setattr(jobs, "run_jobs", lambda *a, **k: dict(done=0, claimed=0, failed={}))
     command = ["bench", "run", "--bench", str(home / "tiny.json"), "--out", str(tmp_path)]
     assert main([*command, "--methods", "lora"]) == 0 and "was searched with" not in capsys.readouterr().out
     assert main([*command, "--methods", "lora", "--base", str(other), "--steps", "9"]) == 0
@@ -537,7 +589,7 @@ def test_two_searches_at_once(bench, tmp_path):
     found = search_lr(bench, tmp_path, ["lora"], lrs=(.1,), progress=False, work=work)
     assert {k: v["lr"] for k, v in found.items()} == dict(isolated=.5, lora=.1)
     assert json.loads(rates_file(bench, tmp_path).read_text()) == found
-    job = benchmark.Job(bench, "lora", bench.search[0], 0, .2)
+    job = Job(bench, "lora", bench.search[0], 0, .2)
     with claim(job, tmp_path), pytest.raises(InputError, match="another process is at 1 jobs"):
         search_lr(bench, tmp_path, ["lora"], lrs=(.1, .2), progress=False, work=made)
 
@@ -573,10 +625,12 @@ def test_bad_input(home, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_one_bad_case_costs_itself_only(bench, tmp_path, workers):
     "But where the first to end hears of wrong input, all do."
-    jobs = jobs_of(bench, tmp_path)
-    with pytest.raises(InputError, match="^a damaged picture$"):
-        run_jobs(jobs, tmp_path, workers, progress=False, work=mistaken)
-    ended = run_jobs(jobs, tmp_path, workers, progress=False, work=partly)
+    asked = jobs_of(bench, tmp_path)
+    def run(work):
+        how = dict(command=worker(work, asked, tmp_path, tmp_path)) if workers > 1 else dict(work=work)
+        return run_jobs(asked, tmp_path, workers, progress=False, **how)
+    with pytest.raises(InputError, match="^a damaged picture$"): run(mistaken)
+    ended = run(partly)
     assert ended["done"] == 4 and set(ended["failed"].values()) == {"a damaged picture"}
 
 
@@ -586,16 +640,16 @@ def test_scorers_of_a_users_case(tmp_path, monkeypatch):
     (tmp_path / "dog6/videos").mkdir(parents=True)
     shutil.copy(next((tmp_path / "motion").rglob("*.mp4")), tmp_path / "dog6/videos")
     case = load_case(tmp_path / "dog6", tmp_path / "motion", "dog *")
-    info = dict(subject="dog6", motion="swinging")
-    assert SCORERS["published"].func(case, info, "toy").references.images
-    with pytest.raises(InputError, match="knows no subject 'dog6'"): SCORERS["toy"](case, info)
+    job = Job(load_bench("toy"), "base", dict(subject="dog6", motion="swinging"), 0)
+    assert Metrics(case, "toy").references.images
+    with pytest.raises(InputError, match="knows no subject 'dog6'"): scorer_of(job, case)
 
 
 def test_toy_scores_of_the_truth(tmp_path):
     "A drawn clip of the case scores high on identity and motion, one of another case low."
     write_case(tmp_path, "teal_cat", "swinging", images=2, clips=2)
     case = load_case(tmp_path / "identity", tmp_path / "motion")
-    score = SCORERS["toy"](case, dict(subject="teal_cat", motion="swinging"))
+    score = scorer_of(Job(load_bench("toy"), "base", dict(subject="teal_cat", motion="swinging"), 0), case)
     right, wrong = (render(HELD_OUT_SUBJECTS[s], m, "snow", seed=3)[0]
                     for s, m in (("teal_cat", "swinging"), ("coral_fish", "hopping")))
     mine, other = (score(clip, 8, "a cat * is swinging in the snow") for clip in (right, wrong))
@@ -663,3 +717,95 @@ def test_best_rate_on_the_edge_is_not_the_end(bench, tmp_path):
 def test_broken_benchmark_files(tmp_path, text, said):
     (tmp_path/"mine.json").write_text(text)
     with pytest.raises(InputError, match=said): load_bench(str(tmp_path/"mine.json"))
+
+
+def test_later_settings_rename_nothing(home, bench, tmp_path, monkeypatch):
+    "A field that trainings, bases or methods get one day, with its default; another value counts."
+    keys = lambda: [j.key for j in jobs_of(bench, tmp_path)]
+    before, size = keys(), benchmark.base_size(home / "base")
+    given = lambda size: monkeypatch.setattr(benchmark, "base_size", lambda base: size)
+    later = make_dataclass("Later", [("colour", str, "red")], bases=(type(size),), frozen=True)
+    given(later(**asdict(size)))
+    of_methods = next(c for c in type(benchmark.find_method("lora")).__mro__ if "described" in vars(c))
+    described = of_methods.described
+    monkeypatch.setattr(of_methods, "described", lambda m: described(m) | dict(colour=None))
+    assert keys() == before
+    asked = lambda **more: dict(training=size.training | more)
+    for change in (dict(guidance=9.), asked(warmup=1), dict(steps=size.steps + 1)):
+        given(replace(size, **change))
+        assert not {*keys()} & {*before}, change
+    given(replace(size, **asked(micro_batch=1)))
+    assert keys() == before  # it changes no result
+
+
+def test_what_a_method_ignores_is_in_no_key(home, bench, tmp_path, monkeypatch):
+    size = benchmark.base_size(home / "base")
+    before = {j.method: j.key for j in jobs_of(bench, tmp_path)}
+    changed = replace(size, training=size.training | dict(controller_lr=.5))
+    monkeypatch.setattr(benchmark, "base_size", lambda base: changed)
+    after = {j.method: j.key for j in jobs_of(bench, tmp_path)}
+    assert [m for m in before if after[m] == before[m]] == ["lora"]
+
+
+def test_collection_that_is_killed_loses_nothing(bench, tmp_path, monkeypatch):
+    "Wherever it stops: the next one ends with the same files, each row once."
+    asked = jobs_of(bench, tmp_path)
+    for job in asked[:3]: save(job, tmp_path, made(job))
+    assert collect(bench, tmp_path) == 3
+    for job in asked[3:]: save(job, tmp_path, made(job))
+    before, atomic = read_results(asked, tmp_path), results.atomic_path
+    for stop in range(2):
+        left = iter(range(stop))
+        def dying(path, left=left):
+            if next(left, None) is None: raise KeyboardInterrupt
+            return atomic(path)
+        with monkeypatch.context() as m:
+            m.setattr(results, "atomic_path", dying)
+            with pytest.raises(KeyboardInterrupt): collect(bench, tmp_path)
+        assert read_results(asked, tmp_path) == before
+    assert collect(bench, tmp_path) == 3 and collect(bench, tmp_path) == 0
+    scores = lambda r: [row["temporal_flickering"] for row in r["rows"]]
+    simple = lambda records: [dict(r, rows=scores(r)) for r in records]
+    assert simple(read_results(asked, tmp_path)) == simple(before)
+    assert len((tmp_path / "tiny/all.csv").read_text().splitlines()) == 1 + 6 * 2
+
+
+def test_numbers_survive(bench, tmp_path):
+    "Undefined, unasked, tiny, long: what is read is what was saved."
+    job, value = jobs_of(bench, tmp_path)[0], 0.1 + 0.2
+    rows = [dict(video=0, clip_i=value, clip_t=None, prompt='a "b", c', why=dict(clip_t="no\nprompt")),
+            dict(video=1, clip_i=-1e-300, motion=1 / 3, prompt="ü", why={})]
+    save(job, tmp_path, dict(made(job), rows=rows, weights=[[value] * 3] * 2))
+    before = read_results([job], tmp_path)
+    collect(bench, tmp_path)
+    assert read_results([job], tmp_path) == before and before[0]["rows"] == rows
+
+
+def test_recorded_results_of_the_toy():
+    "What the repository holds: counts, and numbers to the last digit."
+    toy, out = load_bench("toy"), data_folder() / "results"
+    assert len((out / "toy/jobs.jsonl").read_text().splitlines()) == 804 and "804 results" in spent(toy, out)
+    for table, methods in toy.tables.items():
+        counts = status(jobs_of(toy, out, [table]), out)["methods"]
+        assert counts == {m: dict(done=20, diverged=0, missing=0) for m in methods}, table
+    found = paired(read_results(jobs_of(toy, out, ["comparison"]), out))
+    columns = "identity", "motion", "clip_i"
+    told = {m: [row[c]["mean"] for c in columns] for m, row in table_of(found).items()}
+    assert told == PINNED and gap(found, "identity", "dualreal", "base") == PINNED_GAP
+
+
+PINNED = {
+    "base": [0.29958269835808815, 0.009813285266256905, 0.06127387533481247],
+    "dualreal": [0.2900528865075719, 0.12005780396629033, 0.46531590972043546],
+    "full_finetune": [0.490286228735682, 0.15733658626687713, 0.6237158329143708],
+    "isolated:scale=1.0:up_lr_ratio=16:strengths=[0.5,1]": [
+        0.2570465409716768, 0.12758178574168275, 0.46488868299227964],
+    "lora": [0.41284204127879737, 0.22471952890091518, 0.5887646024460037],
+    "subject_then_motion": [0.5682233603807407, 0.00978663021166296, 0.586484421013159],
+}
+PINNED_GAP = dict(mean=-0.009529811850516257, low=-0.09195958749757915, high=0.07411468548441817, n=10)
+
+
+if __name__ == "__main__":  # a worker of the tests above
+    _, work, name, out = sys.argv
+    run_jobs(read_jobs(name), out, work=globals()[work])
