@@ -20,7 +20,7 @@ PROMPT, SMALL = "a cat * is swinging", '{"reference_encoder": "toy", "rank": 4, 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    "A run of four steps on a tiny base; frames and weights that the table's method draws after the same steps."
+    "A run of four steps on a tiny base; what the table's method draws after the same steps."
     home = tmp_path_factory.mktemp("one-way")
     write_case(home / "case", "teal_cat", "swinging", images=2, clips=2)
     (tiny_pipeline(home / "base", tokens=64) / "dualreal.json").write_text(SMALL)
