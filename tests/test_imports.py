@@ -202,7 +202,6 @@ def test_refused_words_need_no_torch(tmp_path):
 
 
 @fork
-@pytest.mark.xfail(run=False, reason="until the commands look at their settings before they load torch")
 def test_refused_values_need_no_torch(tmp_path):
     values = ("steps 0", "lr -1", "scale -1", "clip 0", "motion-ratio 2", "samples -1", "rank 0",
               "precision int3")

@@ -293,7 +293,9 @@ def profile(run, top=8) -> dict: # run: a step
 # %% ../../nbs/44_speed.ipynb
 def start_times(case, folder, rounds=1) -> dict: # case: with identity/ and motion/; folder: empty, for caches
     "Processor seconds until the first step is done, of a first and a second start, on the toy base."
-    from dualreal.trainer import TrainConfig, prepare, train_step
+    from dualreal.loop import train_step
+    from dualreal.settings import TrainConfig
+    from dualreal.trainer import prepare
 
     case, folder, found = Path(case), Path(folder), dict(first=[], second=[])
     for i in range(rounds):
