@@ -239,9 +239,9 @@ def _picture(file, alt):
     data = base64.b64encode(file.read_bytes()).decode()
     return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(alt)}">'
 
-def _section(row, out):
+def _section(row, out, metrics):
     number = lambda v: f"{v:.3f}"
-    there = [m for m in LABELS if row.get(m) is not None]
+    there = [m for m in metrics if row.get(m) is not None]
     scores = " · ".join(f"{html.escape(heading(m))} {number(row[m])}" for m in there)
     own = sorted({w for w in row["why"].values() if not w.startswith("not computed")}) + row["notes"]
     parts = [f"<h2>{html.escape(row['name'])}</h2>"]
@@ -256,7 +256,8 @@ def _page(report, means, out):
     given = out / "sheets/identity.jpg"
     shown = ""
     if given.is_file(): shown = f"<h2>The subject, as given</h2>{_picture(given, 'pictures of the subject')}"
-    videos = "\n".join(_section(r, out) for r in report["videos"])
+    metrics = order({"": report["summary"]})
+    videos = "\n".join(_section(r, out, metrics) for r in report["videos"])
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
             f'<meta name="viewport" content="width=device-width"><style>{_CSS}</style></head><body>'
             f"<h1>Evaluation of {len(report['videos'])} videos</h1>"
