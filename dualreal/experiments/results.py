@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['TRUTH', 'lock_of', 'save', 'collect', 'read_results', 'is_there', 'status', 'paired', 'by_case', 'table_of', 'means',
-           'gap', 'machines', 'spent', 'missing_note']
+           'gap', 'machines', 'spent', 'missing_note', 'dot_plot', 'plane', 'counted', 'beside', 'verdict', 'answers',
+           'number', 'summed_up']
 
 # %% ../../nbs/42_results.ipynb
 import csv
@@ -15,10 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from filelock import FileLock
 
-from ..core import InputError, atomic_path, write_json
+from ..core import COLOURS, InputError, atomic_path, write_json
 from ..metrics import METRICS, bootstrap, macro_average
+from ..report import LABELS, cells, heading, order
 from ..store import cache_folder, fingerprint
 from ..video import write_video
 
@@ -269,3 +272,103 @@ def missing_note(bench:Bench, table:str, found:list, count:int) -> str: # a sent
     each = float(np.mean(long)) if long else bench.minutes and bench.minutes / 60
     hours = "unknown, none was measured" if each is None else f"{each * (count - len(found)):.1f} hours"
     return f"{said}; `dualreal bench run {command}` records the others ({one}: {hours}; or RUN = True)."
+
+# %% ../../nbs/42_results.ipynb
+def dot_plot(summaries:dict, metrics=None, title=""):
+    "Methods by metrics, means with 95% intervals; returns a matplotlib figure."
+    import matplotlib.pyplot as plt
+    there = lambda m: any((s.get(m) or {}).get("n") for s in summaries.values())
+    metrics = metrics or [m for m in order(summaries) if there(m)]
+    if not metrics: raise InputError("there is no number to draw")
+    size = 1.4 + 1.5 * len(metrics), .8 + .32 * len(summaries)
+    fig, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, metric in zip(axes[0], metrics): _dots(ax, metric, summaries)
+    axes[0, 0].set_yticks(range(len(summaries)), list(summaries))
+    axes[0, 0].set_ylim(len(summaries) - .5, -.5)
+    fig.suptitle(title, fontsize=9)
+    return fig
+
+def _dots(ax, metric, summaries):
+    side = LABELS.get(metric, (0, 0, None))[2]
+    for y, s in enumerate(summaries.values()):
+        s = s.get(metric) or {}
+        if s.get("mean") is None: continue
+        ax.plot([s["low"], s["high"]], [y, y], color=COLOURS.get(side, "#555555"), lw=1.5)
+        ax.plot(s["mean"], y, "o", color=COLOURS.get(side, "#555555"), ms=5)
+    ax.set_title(heading(metric), fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(axis="x", color="#dddddd", lw=.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+# %% ../../nbs/42_results.ipynb
+def plane(summaries:dict, identity="dino_i", motion="truth_motion", title=""):
+    "Identity against motion with 95% intervals; returns a matplotlib figure."
+    import matplotlib.pyplot as plt
+    there = {k: s for k, s in summaries.items() if all((s.get(m) or {}).get("n") for m in (identity, motion))}
+    if not there: raise InputError(f"no method has both {identity} and {motion}")
+    fig, ax = plt.subplots(figsize=(4, 3.4), layout="constrained")
+    for i, (name, s) in enumerate(there.items()):
+        x, y = s[identity], s[motion]
+        ax.plot([x["low"], x["high"]], [y["mean"]] * 2, color=COLOURS["identity"], lw=1, alpha=.6)
+        ax.plot([x["mean"]] * 2, [y["low"], y["high"]], color=COLOURS["motion"], lw=1, alpha=.6)
+        ax.plot(x["mean"], y["mean"], "os^DvPX*"[i % 8], color="#222222", ms=6)
+        ax.annotate(name, (x["mean"], y["mean"]), (5, 5), textcoords="offset points", fontsize=8)
+    ax.set_xlabel(heading(identity), color=COLOURS["identity"])
+    ax.set_ylabel(heading(motion), color=COLOURS["motion"])
+    ax.set_title(title, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig
+
+# %% ../../nbs/42_results.ipynb
+def counted(summaries:dict, digits=3) -> pd.DataFrame: # of strings
+    "As `cells`, and over how many cases."
+    table = cells(summaries, digits)
+    counts = [max((c["n"] for c in s.values()), default=0) for s in summaries.values()]
+    table.insert(0, "cases", [str(n) for n in counts])
+    return table
+
+def beside(paper:pd.DataFrame, # first column: row names; then metrics
+           ours:dict, # method -> summary
+           rows:dict, # method -> (title, the paper's row or None)
+           digits=3) -> pd.DataFrame: # of strings
+    "The paper's rows, each with ours below it; columns that either has."
+    printed = {row.iloc[0]: row.iloc[1:].to_dict() for _, row in paper.iterrows()}
+    table = {}
+    for method, (title, name) in rows.items():
+        if name is not None:
+            table[f"{name} (paper)"] = {m: dict(mean=v, low=v, high=v, n=1) for m, v in printed[name].items()}
+        if method in ours: table[f"{title} (ours)"] = ours[method]
+    shown = counted(table, digits)
+    shown.loc[shown.index.str.endswith("(paper)"), "cases"] = "–"
+    return shown
+
+# %% ../../nbs/42_results.ipynb
+_LEAST = 6 # cases
+
+def verdict(difference:dict # mean, low, high, n
+           ) -> str:
+    "holds, does not hold, or cannot be told."
+    if difference["n"] < _LEAST: return "cannot be told"
+    low, high = difference["low"], difference["high"]
+    return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+
+def answers(claims:dict, digits=3) -> pd.DataFrame: # of strings; claims: sentence -> difference
+    "Each claim with its difference, interval, number of cases, and verdict."
+    number = lambda d: cells({"": {"difference": d}}, digits).iloc[0, 0]
+    rows = [[number(d), str(d["n"]), verdict(d)] for d in claims.values()]
+    return pd.DataFrame(rows, index=list(claims), columns=["difference", "cases", "does it hold here?"])
+
+def number(d, # mean, low, high; or the number itself; None: unknown
+           digits=2, interval=False) -> str:
+    "A result within a sentence."
+    d = d if isinstance(d, dict) or d is None else dict(mean=d)
+    if not d or d["mean"] is None: return "–"
+    text = f"{d['mean']:.{digits}f}"
+    return f"{text} [{d['low']:.{digits}f}, {d['high']:.{digits}f}]" if interval else text
+
+def summed_up(claims:dict) -> str: # claims: sentence -> difference
+    "How many of them hold, in a sentence."
+    said = [verdict(d) for d in claims.values()]
+    holds, fails, open_ = (said.count(v) for v in ("holds", "does not hold", "cannot be told"))
+    return f"Of {len(said)} claims {holds} hold here, {fails} do not, {open_} cannot be told."
