@@ -171,18 +171,12 @@ def test_flags_there_and_back(more):
     assert (from_flags(TrainConfig, found), from_flags(WatchConfig, found)) == (config, watch)
 
 
-def here(*argv): return main(list(argv))
-def apart(*argv): return subprocess.run([sys.executable, "-m", "dualreal.cli", *argv]).returncode
-
-
-@pytest.mark.parametrize("run", [here, pytest.param(apart, marks=pytest.mark.slow)])
-def test_one_line_in_a_log(case, tmp_path, capfd, run):
+def test_one_line_in_a_log(case, tmp_path):
     "Not a single bar or notice beside the complaint, where stderr is a file."
     bad_image(case)
-    status = run(*train(case, tmp_path / "run"))
-    out, err = capfd.readouterr()
-    assert status == 2 and "%|" not in out
-    assert len(err.splitlines()) == 1 and "01.png" in err
+    done = shell("-m", "dualreal.cli", *train(case, tmp_path / "run"))
+    assert done.returncode == 2 and "%|" not in done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "01.png" in done.stderr
 
 
 def test_no_place_to_write(home, trained, tmp_path, capsys):
