@@ -1,5 +1,6 @@
 """The benchmark: each job once whatever is killed, configurations apart, report by hand."""
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -267,17 +268,24 @@ def test_divergence_is_a_result(home, bench, tmp_path):
     assert {j.lr for j in jobs_of(wild, tmp_path, ["lora"])} == {1e-3}
 
 
+def apart(command):
+    "The leader of a process group of its own."
+    os.setsid()
+    sys.exit(main(command))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: the run starts from a warm parent")
+@pytest.mark.filterwarnings("ignore:.*fork")
 def test_killed_run_continues(home, bench, tmp_path):
     "The whole process group dies after the first result; the next run finishes, and keeps that result."
-    command = [sys.executable, "-m", "dualreal.cli", "bench", "run", "--bench", str(home / "tiny.json"),
-               "--out", str(tmp_path), "--methods", "lora"]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    going = subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    command = ["bench", "run", "--bench", str(home / "tiny.json"), "--out", str(tmp_path), "--methods", "lora"]
     jobs, deadline = jobs_of(bench, tmp_path, ["lora"]), time.time() + 300
-    while not (before := read_results(jobs, tmp_path)) and going.poll() is None and time.time() < deadline:
+    going = multiprocessing.get_context("fork").Process(target=apart, args=(command,))
+    going.start()
+    while not (before := read_results(jobs, tmp_path)) and going.is_alive() and time.time() < deadline:
         time.sleep(.02)
     os.killpg(going.pid, signal.SIGKILL)
-    going.wait()
+    going.join()
     before = read_results(jobs, tmp_path)
     assert before and not (tmp_path / "tiny/jobs.jsonl").exists()  # it waits in the cache
     assert run_jobs(jobs, tmp_path, progress=False)["done"] == len(jobs) - len(before)
@@ -623,9 +631,10 @@ def test_bad_input(home, tmp_path):
             search_lr(load_bench(str(home / "tiny.json"), **{what: ()}), tmp_path)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_one_bad_case_costs_itself_only(bench, tmp_path, workers):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_one_bad_case_costs_itself_only(bench, tmp_path, monkeypatch, workers):
     "But where the first to end hears of wrong input, all do."
+    if workers == 1: monkeypatch.setattr(time, "sleep", lambda seconds: None)  # one after the other as it is
     asked = jobs_of(bench, tmp_path)
     def run(work):
         how = dict(command=worker(work, asked, tmp_path, tmp_path)) if workers > 1 else dict(work=work)
@@ -679,12 +688,19 @@ def test_damaged_learning_rates(bench, tmp_path):
         with pytest.raises(InputError, match="learning_rates.json"): jobs_of(bench, tmp_path)
 
 
+def published(bench): return replace(bench, cases=({"subject": "dog6", "motion": "playingGuitar"},))
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_pictures_of_the_published_benchmark_are_not_here(bench, tmp_path, workers):
+    "One sentence, also from a pool."
+    with pytest.raises(InputError, match="give their folder with --data"):
+        run_jobs(jobs_of(published(bench), tmp_path, ["base"]), tmp_path, workers, progress=False)
+
+
 def test_pictures_of_the_published_benchmark_are_the_users(home, bench, tmp_path):
-    "Without a folder: one sentence, also from a pool. With one: the same files elsewhere are the same case."
-    alien = replace(bench, cases=({"subject": "dog6", "motion": "playingGuitar"},))
-    for workers in (1, 2):
-        with pytest.raises(InputError, match="give their folder with --data"):
-            run_jobs(jobs_of(alien, tmp_path, ["base"]), tmp_path, workers, progress=False)
+    "The same files elsewhere are the same case."
+    alien = published(bench)
     write_case(tmp_path / "case", images=2, clips=2)
     (tmp_path / "case/identity").rename(tmp_path / "case/dog6")
     (tmp_path / "case/motion").rename(tmp_path / "case/playingGuitar")

@@ -247,10 +247,10 @@ def picture(page, name, wait=60_000):
     return shown.get_attribute("src")
 
 
-def train(page, steps):
+def train(page, steps, previews):
     "A run from Start to a video that plays."
     fill(page, "Steps", steps)
-    fill(page, "Previews", 1)
+    fill(page, "Previews", previews)
     press(page, "Start")
     picture(page, "Loss by dimension", 120_000)
     page.get_by_text("Finished: ").wait_for(timeout=240_000)
@@ -271,7 +271,7 @@ def turn_the_dial(page):
 
 
 def test_studio_from_photos_to_video(browser, studio):
-    "A wrong folder, a case, 6 steps, the dial, a video, a comparison, the archive."
+    "A wrong folder, a case, 3 steps, the dial, a video, a comparison, the archive."
     home, url = studio
     with visit(browser, url) as page:
         ready(page)
@@ -288,7 +288,7 @@ def test_studio_from_photos_to_video(browser, studio):
         picture(page, "as they are trained on")
         press(page, "Will it fit?")
         page.get_by_text("predicted peak").wait_for(timeout=180_000)
-        train(page, 6)
+        train(page, 3, 0)
         turn_the_dial(page)
         fill(page, "Denoising", 4)
         press(page, "Make video")
@@ -378,8 +378,8 @@ def test_studio_opens_in_jupyterlab(browser, lab):
 
 @pytest.mark.slow
 def test_studio_trains_in_jupyterlab(browser, lab):
-    "20 steps, a video, the dial."
+    "20 steps, a preview, a video, the dial."
     with case_in_lab(browser, *lab) as page:
-        train(page, 20)
+        train(page, 20, 1)
         turn_the_dial(page)
         page.screenshot(path=PICTURES/"studio-lab.png")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import av
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dualreal.backbone import load_base
+from dualreal.backbone import base_size, load_base
 from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
@@ -22,14 +23,22 @@ from dualreal.settings import TrainConfig, WatchConfig, as_flags, from_flags
 from dualreal.toyworld import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def few_denoising_steps():
+    "Where a test names none: the toy's own 30 are for those who look at the videos."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dualreal.backbone.base_size", lambda base: replace(base_size(base), steps=2))
+        yield
+
+
+@pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("cli")
     write_case(home / "case", "teal_cat", "swinging", images=2, clips=2)
     return home
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(home):
     assert main(train(home / "case", home / "run", "--save-every", "2")) == 0
     return home / "run"

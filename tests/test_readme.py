@@ -110,9 +110,10 @@ def test_reasons_are_used():
 
 
 def test_python_of_the_readme_runs(home, monkeypatch):
-    "The block under 'In Python' as it stands; training and denoising take two steps unless told otherwise."
+    "The block under 'In Python' as it stands, with two of all: pictures, clips, steps, denoising steps."
     monkeypatch.setattr("dualreal.trainer.TrainConfig", partial(TrainConfig, steps=2, samples=0))
     monkeypatch.setattr("dualreal.generate.generate", partial(generate, steps=2))
+    monkeypatch.setattr("dualreal.toyworld.write_case", partial(write_case, images=2, clips=2))
     block = re.search(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.S)[1]
     exec(block, {})
     assert (home / "cat.mp4").is_file()
