@@ -25,7 +25,8 @@ from .switch import TrainingSwitch, focus, named_parts, parts_of
 from .tuner import active, blend_weights, reference
 
 # %% ../nbs/25_loop.ipynb
-def train_step(run) -> dict: # run: a `Run` with a course; returns the row of the log
+def train_step(run  # a `Run` with a course
+              ) -> dict: # the row of the log
     "Draw a dimension, focus on it, take a batch of it, step."
     start, dimension = time.perf_counter(), run.switch.draw()
     run.course.focus(dimension)
@@ -41,7 +42,8 @@ def train_step(run) -> dict: # run: a `Run` with a course; returns the row of th
     if weights: row |= dict(identity_weight=sum(weights) / len(weights), identity_weights=weights)
     return dict(row, seconds=time.perf_counter() - start)
 
-def loop(run, after:Callable=lambda run, row: None): # after: called with the run and the row of each step
+def loop(run, # a `Run` with a course
+         after:Callable=lambda run, row: None): # called with the run and the row of each step
     "Steps until the course is over."
     while run.step < run.end:
         row = train_step(run)
@@ -61,11 +63,14 @@ class Course:
     referenced: tuple = ()               # the samples that come with their reference
     parts: dict = field(default_factory=dict) # name -> parameters, for the gradient norms of the log
 
-def batches_of(config:TrainConfig) -> dict: # config: completed
+def batches_of(config:TrainConfig # completed
+              ) -> dict: # dimension -> {samples: (how many, weight of their loss)}
     "A step takes a batch of the dimension drawn."
     return {d: {d: (getattr(config, f"batch_{d}"), 1.)} for d in ("identity", "motion")}
 
-def dual_course(transformer, config:TrainConfig) -> Course: # transformer: with its adapter
+def dual_course(transformer,       # with its adapter
+                config:TrainConfig # completed
+               ) -> Course:
     "The course of DualReal."
     up, controller = config.lr * (config.up_lr_ratio or 1), config.controller_lr or config.lr
     def rate(part, name):
@@ -165,7 +170,10 @@ class _Drawn:
     noise: torch.Tensor     # epsilon, same shape
     timestep: torch.Tensor  # (1,)
 
-def draw_batch(run:Run, samples:str, count:int) -> list[_Drawn]: # samples: a key of `run.samples`
+def draw_batch(run:Run,
+               samples:str, # a key of `run.samples`
+               count:int
+              ) -> list:    # of `_Drawn`
     "The next `count` samples."
     items, g = run.samples[samples], run.generator
     factor, levels = run.pipe.vae.config.scaling_factor, run.pipe.scheduler.config.num_train_timesteps
