@@ -38,18 +38,21 @@ def toy_base_path() -> Path:
     return asset("toy-base")
 
 # %% ../nbs/20_backbone.ipynb
-_SIZES = {
-    "CogVideoX-5b": (11.1, 9.5, .43), "CogVideoX-2b": (3.4, 9.5, .43), "CogVideoX1.5-5B": (11.1, 9.5, .43)}
+_DOWNLOADS = { # GB of transformer, text encoder, VAE
+    "THUDM/CogVideoX-5b": (11.1, 9.5, .43), "THUDM/CogVideoX-2b": (3.4, 9.5, .43),
+    "THUDM/CogVideoX1.5-5B": (11.1, 9.5, .43)}
 
 def _is_hub_id(name): return len(name.split("/")) == 2 and all(name.split("/")) and name[0] not in "./~"
 
 def _how_to_fetch(base):
-    "What a base needs and how to get it: transformer, text encoder and VAE, sizes in GB."
-    name = base if _is_hub_id(base) else "THUDM/CogVideoX-5b"
-    folder = name.split("/")[-1]
-    dit, text, vae = _SIZES.get(folder, _SIZES["CogVideoX-5b"])
-    return (f"needed are model_index.json, scheduler/, tokenizer/, transformer/ ({dit} GB), text_encoder/ "
-            f"({text} GB) and vae/ ({vae} GB): `hf download {name} --local-dir {folder}`, then "
+    "What a base needs and how to get it; sizes where they are known."
+    alike = [name for name in _DOWNLOADS if name.split("/")[-1] == base.rstrip("/").split("/")[-1]]
+    on_hub = _is_hub_id(base) and not Path(base).is_dir()
+    name = base if on_hub else next(iter(alike), "THUDM/CogVideoX-5b")
+    folder, sizes = name.split("/")[-1], _DOWNLOADS.get(name)
+    dit, text, vae = (f" ({size} GB)" for size in sizes) if sizes else ("", "", "")
+    return (f"needed are model_index.json, scheduler/, tokenizer/, transformer/{dit}, text_encoder/{text} "
+            f"and vae/{vae}: `hf download {name} --local-dir {folder}`, then "
             f"--base {folder}; or use --base toy, which needs nothing")
 
 # %% ../nbs/20_backbone.ipynb

@@ -414,6 +414,7 @@ def _bench_report(bench, out, args):
     "One table of the methods asked for, or all of the benchmark's."
     from dualreal import report
     from dualreal.experiments.baselines import find_method
+    from dualreal.experiments.results import counted
     asked = {None: _split(args.methods)} if args.methods else {name: [name] for name in bench.tables}
     tables = {name: _bench_table(bench, out, methods, args) for name, methods in asked.items()}
     if not any(tables.values()):
@@ -421,7 +422,7 @@ def _bench_report(bench, out, args):
     if args.format == "json": return json.dumps(tables.get(None, tables), indent=1)
     drawn = dict(latex=("%", report.latex), markdown=("##", partial(report.markdown, corner="method")))
     mark, draw = drawn[args.format]
-    named = lambda t: report.counted({find_method(m).title: row for m, row in t.items()})
+    named = lambda t: counted({find_method(m).title: row for m, row in t.items()})
     return "\n\n".join((f"{mark} {k}\n\n" if k else "") + draw(named(t)) for k, t in tables.items() if t)
 
 def _bench_table(bench, out, methods, args):

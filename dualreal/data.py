@@ -94,11 +94,14 @@ def _listed(root: Path  # a folder that may hold videos.txt
     return paths
 
 # %% ../nbs/13_data.ipynb
+_LISTS = _CAPTIONS, _CLIPS = "prompts.txt", "videos.txt"  # of a folder: one caption, or one clip, a line
+
+
 def _left_out(home: Path,  # the folder searched
               used: list[Path]  # what was taken from it
               ) -> list[str]:  # no note or one
     "Name what lies in a folder and is not used; captions and lists are known."
-    known = {p.resolve() for p in used} | {(home / name).resolve() for name in ("prompts.txt", "videos.txt")}
+    known = {p.resolve() for p in used} | {(home / name).resolve() for name in _LISTS}
     known |= {_sidecar(p).resolve() for p in used} | {p.parent.resolve() for p in used}
     names = sorted(p.name for p in home.iterdir() if not p.name.startswith(".") and p.resolve() not in known)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -207,11 +210,11 @@ def captions(root: str | Path,  # the folder the user named
             raise InputError(f'--{role}-prompt is empty: give a caption such as "{_EXAMPLES[role]}".')
         return [prompt.strip()] * len(files)
     for folder in dict.fromkeys((Path(root), files[0].parent)):
-        if (source := folder / "prompts.txt").is_file() and files[0] != Path(root):
+        if (source := folder / _CAPTIONS).is_file() and files[0] != Path(root):
             return _from_list(source, files)
     found = _from_sidecars(files)
     if found is None:
-        how = f'--{role}-prompt "{_EXAMPLES[role]}" or a prompts.txt in it'
+        how = f'--{role}-prompt "{_EXAMPLES[role]}" or a {_CAPTIONS} in it'
         raise InputError(f"{root} has no {role} caption: give {how}.")
     return found
 

@@ -109,13 +109,15 @@ class _Parts(_Pieces):
         return dynamic_degree(block, 8, flow), len(block) - 1 # 8: no further thinning
 
 # %% ../nbs/32_evaluate.ipynb
+_DEVIATION = "dynamic_degree_deviation" # of a whole video, against the references
+_OF_FRAMES = tuple(m for m in METRICS if m != _DEVIATION) # computed as the frames arrive
 _NETWORK = dict(clip_t="clip_t", clip_i="clip_i", dino_i="dino_i", temporal_consistency="clip_i",
                motion_smoothness="midpoint", dynamic_degree="flow", dynamic_degree_deviation="flow")
 _LEAST = dict(temporal_consistency=2, temporal_flickering=2, motion_smoothness=3, dynamic_degree=2)
 
 class Scorer(_Parts):
     "The scores of one video that arrives in pieces."
-    def __init__(self, fps, encoders, references=None, prompt=None, wanted=METRICS[:-1]):
+    def __init__(self, fps, encoders, references=None, prompt=None, wanted=_OF_FRAMES):
         self.fps, self.encoders, self.references = fps, encoders, references or References()
         self.seen, self.sums, self.seconds, self.before, self.memo = 0, {}, Counter(), {}, {}
         asked = {m: _not_computed(m, encoders, self.references, prompt) for m in wanted}
@@ -219,7 +221,7 @@ def _row(values, why, prompt, encoders, references, fps, count, size):
     return row | _deviations(row, encoders, references, size)
 
 def _deviations(row, encoders, references, size):
-    m, why = METRICS[-1], row["why"]
+    m, why = _DEVIATION, row["why"]
     reason = _not_computed(m, encoders, references, None) or why.get("dynamic_degree", "")
     if reason: why[m] = reason; return {}
     own, cut = (references.degrees(encoders["flow"], s) for s in (None, size))
@@ -498,7 +500,7 @@ class _Job:
     def __post_init__(self):
         self.seconds, self.identities, self.decoded = Counter(), {}, 0
         self.pictures = fingerprint(*self.references.images)
-        self.asked = METRICS[:-1] + _EXTRAS[-2:] * (self.truth is not None)
+        self.asked = _OF_FRAMES + _EXTRAS[-2:] * (self.truth is not None)
 
     def key(self, metric, prompt):
         "What a metric depends on besides the video."
@@ -583,7 +585,7 @@ def _summarise(rows:list) -> tuple: # metric -> mean, low, high, n; over videos,
     cases = {c: [r for r in rows if r["case"] == c] for c in {r["case"] for r in rows}}
     over = lambda m: macro_average({c: [r.get(m) for r in part] for c, part in cases.items()})
     over_cases = {m: over(m) for m in columns}
-    for m in (METRICS[-1], _EXTRAS[1]): # of signed differences, the mean length too
+    for m in (_DEVIATION, _EXTRAS[1]): # of signed differences, the mean length too
         lengths = [abs(r[m]) for r in rows if r.get(m) is not None]
         if m in columns: over_videos[m]["absolute"] = float(np.mean(lengths)) if lengths else None
     return over_videos, over_cases

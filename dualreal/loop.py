@@ -120,6 +120,8 @@ class Run:
         self.samples, self.orders = {}, {}
         for name in ("identity", "motion"): self.add(name, getattr(given.case, name))
         self.step, self.saved, self.log, self.scores, self.seconds = 0, None, [], [], {}
+        self.end = 0 # of the course, in steps; `take_up` sets it, with `optimizer`, `schedule` and `switch`
+        self.optimizer = self.schedule = self.switch = None
 
     def add(self, name:str, items:list): # of `Encoded`
         "More samples to learn from."

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from .checkpoint import adapter_tensors, read_adapter, save_adapter
 from .core import InputError, atomic_path, environment, fsync, write_json
 from .loop import Run
-from .settings import TrainConfig
+from .settings import MAY_DIFFER, TrainConfig
 from .store import check_writable, fingerprint
 
 # %% ../nbs/26_resume.ipynb
@@ -156,13 +156,10 @@ class StopRequest:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
 # %% ../nbs/26_resume.ipynb
-_MAY_DIFFER = set("resume out identity motion cache device gradient_checkpointing memory micro_batch compile "
-                  "save_every preview_every samples prompts keep trackers".split())
-
 def facts(run:Run) -> dict:
     "Metadata of the adapter file: base, words, settings, where it came from."
     c = run.config
-    settings = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in _MAY_DIFFER}
+    settings = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in MAY_DIFFER}
     words = {k: run.given.words[k] for k in ("subject", "motion", "class_word")}
     base = str(Path(c.base).resolve()) if Path(c.base).is_dir() else c.base # found from any folder
     return dict(words, base=base, steps_done=run.step, training=settings, environment=environment(),
@@ -261,7 +258,7 @@ def check_same(config:TrainConfig):
 def _compare(config, before:dict): # before: the settings as JSON
     "`InputError` names the first setting that would make another run of it."
     now = json.loads(json.dumps(asdict(config), default=str))
-    for k in sorted(now.keys() & before.keys() - _MAY_DIFFER):
+    for k in sorted(now.keys() & before.keys() - MAY_DIFFER):
         if before[k] != now[k]:
             raise InputError(f"{config.out}: was started with {k}={before[k]!r}, not {now[k]!r}; "
                              "resume it with the same settings or give another --out folder")

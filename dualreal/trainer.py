@@ -45,7 +45,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     check_same(config)
     encoder = load_reference_encoder(config.reference_encoder, base=config.base)
     pipe = load_base(config.base, dtype=pick_dtype(accelerator.device, config.precision))
-    check_attachable(pipe.transformer, config_for(config), "default")
+    wanted = config_for(config)
+    check_attachable(pipe.transformer, wanted, "default")
     for prompt in prompts: check_prompt(pipe.tokenizer, prompt, size.max_tokens)
     with accelerator.main_process_first(): # the others find it in the cache
         encoded, texts = encode_all(pipe, case, config, size.max_tokens, prompts, encoder, accelerator.device,
@@ -228,15 +229,14 @@ def _watched(run:Run, progress, on_step, score):
 def _finish(run:Run, progress):
     "The adapter file, loss plot, videos, contact sheet and run.json."
     given, known, path = run.given, facts(run), save_run(run, run.out)
-    figure = loss_figure(run.log)
-    save_figure(figure, run.out/"loss.png")
-    start = time.perf_counter()
+    start, best = time.perf_counter(), best_step(run.scores)
     rows = _reference_rows(run) + _save_samples(run, run.out/"samples", run.config.samples, progress)
     run.seconds["videos"] = time.perf_counter() - start
-    planned = run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
-    peak = peak_memory(run.accelerator.device)
+    figure = loss_figure(run.log)
+    save_figure(figure, run.out/"loss.png")
     contact_sheet(rows, path=run.out/"contact_sheet.png")
+    planned = run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
     record = dict(known, adapter=path.name, words=given.words, files=given.files, config=asdict(run.config),
-                  seconds=run.seconds, cached=run.case.cached, plan=planned, scores=run.scores,
-                  best=best_step(run.scores), peak_memory_bytes=peak, log=run.log)
+                  seconds=run.seconds, cached=run.case.cached, plan=planned, scores=run.scores, best=best,
+                  peak_memory_bytes=peak_memory(run.accelerator.device), log=run.log)
     write_json(run.out/"run.json", record)

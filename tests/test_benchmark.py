@@ -51,6 +51,7 @@ from dualreal.experiments.jobs import (
 from dualreal.experiments.results import (
     TRUTH,
     collect,
+    counted,
     gap,
     lock_of,
     paired,
@@ -61,7 +62,7 @@ from dualreal.experiments.results import (
     table_of,
 )
 from dualreal.metrics import METRICS
-from dualreal.report import counted, latex, markdown
+from dualreal.report import latex, markdown
 from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
 
 SMALL = ('{"reference_encoder": "none", "rank": 4, "groups": 2, "steps": 2, '

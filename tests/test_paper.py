@@ -9,8 +9,7 @@ from execnb.shell import CaptureShell
 import dualreal.toytruth  # noqa: F401  enters the toy among the worlds
 from dualreal.core import environment
 from dualreal.experiments.benchmark import differs, jobs_of, load_bench, paper_bench
-from dualreal.experiments.results import collect, missing_note, save
-from dualreal.report import verdict
+from dualreal.experiments.results import collect, missing_note, save, verdict
 
 PAPER = Path(__file__).resolve().parent.parent / "nbs/paper"
 NAMES = sorted(p.stem for p in PAPER.glob("[0-9]*.ipynb"))

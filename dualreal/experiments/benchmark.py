@@ -20,7 +20,7 @@ from .. import metrics, store
 from ..backbone import asset, base_size, find_base
 from ..core import InputError
 from ..data import identity_files, motion_files
-from ..settings import PUBLISHED, BaseSize
+from ..settings import MAY_DIFFER, PUBLISHED, BaseSize
 
 # %% ../../nbs/41_benchmark.ipynb
 from .baselines import DualReal, find_method
@@ -180,8 +180,6 @@ VERSION = 2 # of keys; what scores mean, or these lists, have changed: a new num
 
 _OF_BENCH = "scorer steps sampling videos batch images clips precision".split()
 _OF_SIZE = "height width frames fps max_tokens guidance steps groups rank reference_encoder".split()
-_NO_RESULT = ("micro_batch gradient_checkpointing memory compile save_every keep preview_every trackers "
-              "samples device cache resume").split() # of a training
 _USUAL = dict(settings={}, strengths=[1., 1.], targets=["to_q", "to_k", "to_v", "to_out.0"],
               prior=1., prior_videos=4, control=2., until=.6) # of a method
 
@@ -191,7 +189,7 @@ def _unusual(values): # a dict without what is None or usual; tuples as JSON has
 
 def _of_base(bench, method, lr): # sizes, and what it asks of a training
     size = base_size(find_base(bench.base))
-    unused = {*method.ignores, *_NO_RESULT, *(["lr"] if lr is not None else [])}
+    unused = {*method.ignores, *MAY_DIFFER, *(["lr"] if lr is not None else [])}
     asked = {k: v for k, v in size.training.items() if k not in unused}
     return {k: getattr(size, k) for k in _OF_SIZE} | dict(training=_unusual(asked))
 
