@@ -278,7 +278,8 @@ def apart(command):
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_killed_run_continues(home, bench, tmp_path):
     "The whole process group dies after the first result; the next run finishes, and keeps that result."
-    command = ["bench", "run", "--bench", str(home / "tiny.json"), "--out", str(tmp_path), "--methods", "lora"]
+    where = ["--bench", str(home / "tiny.json"), "--out", str(tmp_path)]
+    command = ["bench", "run", *where, "--methods", "lora"]
     jobs, deadline = jobs_of(bench, tmp_path, ["lora"]), time.time() + 300
     going = multiprocessing.get_context("fork").Process(target=apart, args=(command,))
     going.start()
