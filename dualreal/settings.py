@@ -32,7 +32,7 @@ def option(default,           # its value where nothing is said; ...: it must be
            shown:str="",      # what stands for the value in a command's help; default: N, X or TEXT
            place:bool=False,  # whether it is said by its place, without a flag
            bare=None,         # what the flag means without a value
-           same=False):       # whether another value gives the same adapter: how a run is done, not what is learnt
+           same=False):       # whether another value gives the same adapter: it says how a run is done
     "A field of a dataclass of settings."
     told = dict(help=text, unit=unit, unset=unset, least=least, most=most, above=above, choices=choices,
                 suggest=suggest, label=label, flag=flag, shown=shown, place=place, bare=bare, same=same)
