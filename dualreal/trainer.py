@@ -45,8 +45,7 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     check_same(config)
     encoder = load_reference_encoder(config.reference_encoder, base=config.base)
     pipe = load_base(config.base, dtype=pick_dtype(accelerator.device, config.precision))
-    wanted = config_for(config)
-    check_attachable(pipe.transformer, wanted, "default")
+    check_attachable(pipe.transformer, config, "default")
     for prompt in prompts: check_prompt(pipe.tokenizer, prompt, size.max_tokens)
     with accelerator.main_process_first(): # the others find it in the cache
         encoded, texts = encode_all(pipe, case, config, size.max_tokens, prompts, encoder, accelerator.device,

@@ -240,7 +240,9 @@ def config_for(settings,         # with rank, groups, scale and controller, as `
     known = {k: getattr(settings, k) for k in ("rank", "groups", "scale", "controller")}
     return DualRealConfig(condition_dim=dim, **known)
 
-def check_attachable(transformer, config:DualRealConfig, adapter_name:str):
+def check_attachable(transformer,
+                     config, # with controller and groups: `DualRealConfig`, or settings of a run
+                     adapter_name:str):
     "`InputError` for an unknown class, groups that do not divide the blocks, or an impossible name."
     blocks = len(getattr(transformer, sites_of(transformer).blocks))
     if config.controller: group_of(0, blocks, config.groups)
