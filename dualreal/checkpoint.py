@@ -144,7 +144,7 @@ class Adapter:
     @property
     def settings(self) -> dict:
         "rank, groups, condition_dim, scale, identity, motion, controller: stored, or inferred."
-        if "config" in self.info: return self.info["config"]
+        if self.info.get("config"): return self.info["config"]
         try: return {k: getattr(_inferred_config(self.tensors), k) for k in _CONFIG}
         except InputError as e: raise InputError(f"{self.source}: {e}") from e
 

@@ -146,8 +146,7 @@ def _run_generate(args:settings.GenerateConfig):
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
     from dualreal.checkpoint import read_adapter
-    from dualreal.encode import embed, release
-    from dualreal.generate import CACHES, generate, open_pipe, sized
+    from dualreal.generate import CACHES, generate, last_words, open_pipe, sized
     from dualreal.store import check_writable
     if args.approximate not in (None, *CACHES):
         raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
@@ -156,11 +155,10 @@ def _run_generate(args:settings.GenerateConfig):
     if "*" in (adapter.info.get("subject") or "") and "*" not in args.prompt:
         known = f'the adapter knows its subject as "{adapter.info["subject"]}"'
         print(f'note: --prompt has no "*": {known}')
-    pipe = open_pipe(adapter, args.base, args.device, args.precision, args.offload, args.compile)
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
+    pipe = open_pipe(adapter, args.base, args.device, args.precision, args.offload)
     size, reference = sized(pipe, **{**adapter.size, **given}), _reference(args, adapter)
-    texts = embed(pipe, [args.prompt], size.max_tokens, args.device)
-    release(pipe, "text_encoder") # half of the 5B's memory
+    texts = last_words(pipe, [args.prompt], size.max_tokens, args.device, args.offload, args.compile)
     made = generate(pipe, args.prompt, texts, reference, args.seed, args.dial, args.approximate,
                     **{k: getattr(size, k) for k in _SIZES})
     _write_generation(out, made, size.fps, adapter=args.adapter, base=args.base or adapter.base)
@@ -391,7 +389,7 @@ def _run_bench(args):
     from dualreal.experiments import jobs, results
     if args.action == "data": return _bench_data(args)
     out = str(b.results_folder(args.out))
-    if args.jobs: return jobs.run_jobs(jobs.read_jobs(args.jobs), out) and None
+    if args.jobs: return _bench_run(jobs.run_jobs(asked := jobs.read_jobs(args.jobs), out), len(asked))
     numbers = dict(seeds=_numbers(args.seeds, int, "seeds"), lrs=_numbers(args.lrs, float, "lrs"))
     given = {k: getattr(args, k) for k in ("base", "steps", "sampling", "videos", "data")}
     bench, methods = b.load_bench(args.bench, **numbers, **given), _split(args.methods)

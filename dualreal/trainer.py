@@ -41,7 +41,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     prompts = config.prompts or [joint_prompt(case.identity_prompt, case.motion_prompt)]
     folder = find_sizes(config.base)
-    config, size = completed(config, base_size(folder)), video_size(folder, config)
+    config = completed(config, base_size(folder))
+    size = video_size(folder, config)
     check_same(config)
     encoder = load_reference_encoder(config.reference_encoder, base=config.base)
     pipe = load_base(config.base, dtype=pick_dtype(accelerator.device, config.precision))
@@ -228,11 +229,11 @@ def _watched(run:Run, progress, on_step, score):
 def _finish(run:Run, progress):
     "The adapter file, loss plot, videos, contact sheet and run.json."
     given, known, path = run.given, facts(run), save_run(run, run.out)
+    figure = loss_figure(run.log)
+    save_figure(figure, run.out/"loss.png")
     start, best = time.perf_counter(), best_step(run.scores)
     rows = _reference_rows(run) + _save_samples(run, run.out/"samples", run.config.samples, progress)
     run.seconds["videos"] = time.perf_counter() - start
-    figure = loss_figure(run.log)
-    save_figure(figure, run.out/"loss.png")
     contact_sheet(rows, path=run.out/"contact_sheet.png")
     planned = run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
     record = dict(known, adapter=path.name, words=given.words, files=given.files, config=asdict(run.config),

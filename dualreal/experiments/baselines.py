@@ -63,7 +63,7 @@ def _fits(value, hint) -> bool: # value: from JSON
     also = {float: (float, int), tuple: (list,)} # how JSON may write it
     return type(value) in {k for h in get_args(hint) or (hint,) for k in also.get(h, (h,))}
 
-_TRAINER = "memory", "eight_bit", "fp8", "compile" # of DualReal's own set-up
+_TRAINER = dict(memory=None, eight_bit=False, fp8=False, compile=False) # of DualReal's own set-up
 
 @dataclass(frozen=True)
 class Method:
@@ -88,6 +88,7 @@ class Method:
     def prepare(self, config:TrainConfig) -> Run:
         "Load, check, encode."
         given = set_up(replace(config, **self.settings), progress=False)
+        for name, off in _TRAINER.items(): setattr(given.config, name, off) # a base's note may ask for them
         return Run(given, place(given.pipe, given.config, given.accelerator.device))
 
     def train(self, run:Run, on_step=None):
@@ -97,6 +98,7 @@ class Method:
         "One course through the shared loop."
         take_up(run, course)
         loop(run, on_step or (lambda run, row: None))
+        run.optimizer = run.schedule = None # moments of what has learnt, no longer needed
 
     def generate(self, run:Run, prompts:list, seeds:list, **sizes):
         "As `videos`."

@@ -176,15 +176,19 @@ class Journal:
         finally: os.close(file)
 
     def events(self) -> list: # of dictionaries
-        "All that was told."
+        "All that was told; a line that a full disk cut short is passed over."
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+        return [e for e in map(_event, text.splitlines(keepends=True)) if e]
 
     def ended(self, job:str) -> bool:
         "Whether somebody has done it, or failed."
         return any(e["job"] == job and e["event"] in ("done", "failed") for e in self.events())
 
 # %% ../../nbs/43_jobs.ipynb
+def _event(line): # of a journal; None: it is not whole
+    try: return json.loads(line) if line.endswith("}\n") else None
+    except ValueError: return None
+
 def claim(job:Job, out): # its lock, held; "there" or "claimed": it is not ours to do
     "Take a job, unless it is done or somebody else is at it."
     if results.is_there(job, out): return "there"
@@ -199,9 +203,9 @@ def claim(job:Job, out): # its lock, held; "there" or "claimed": it is not ours 
 def run_job(job:Job, out, work=compute, # job -> record
             journal:Journal=None) -> str: # "done", "there", "claimed"
     "Do a job unless it is done or somebody else is at it."
-    if isinstance(lock := claim(job, out), str): return lock
-    tell = partial(journal.tell, job=job.name) if journal else lambda *event, **more: None
+    tell, lock = partial(journal.tell, job=job.name) if journal else lambda *event, **more: None, None
     try:
+        if isinstance(lock := claim(job, out), str): return lock
         if journal and journal.ended(job.name): return "there" # the process beside this one has failed
         tell("begin")
         results.save(job, out, work(job))
@@ -209,7 +213,8 @@ def run_job(job:Job, out, work=compute, # job -> record
     except Exception as e:
         tell("failed", why=_said(e)[:2000], mistake=isinstance(e, InputError))
         raise
-    finally: lock.release()
+    finally:
+        if hasattr(lock, "release"): lock.release()
     return "done"
 
 def _said(e): return str(e) if isinstance(e, (InputError, _Told)) else f"{type(e).__name__}: {e}"
@@ -254,14 +259,17 @@ def run_together(command:list, count:int, journal:Journal, tries=3, wait=.1): # 
         for p in processes: p.wait()
 
 # %% ../../nbs/43_jobs.ipynb
+_BETWEEN = "between jobs"
+
 def _bury(process, journal, tries): # what it was at is blamed if it kills again and again
     mine = [e for e in journal.events() if e["pid"] == process.pid and e["event"] != "died"]
-    job = mine[-1]["job"] if mine and mine[-1]["event"] == "begin" else None
+    job = None if not mine else mine[-1]["job"] if mine[-1]["event"] == "begin" else _BETWEEN
     journal.tell("died", job, pid=process.pid)
-    deaths = sum(e["event"] == "died" and e["job"] == job for e in journal.events())
-    if deaths < tries: return
-    why = f"its process died {tries} times, the last with {process.returncode}"
-    if job is None: raise RuntimeError(f"a worker cannot start: {why}")
+    deaths, most = sum(e["event"] == "died" and e["job"] == job for e in journal.events()), tries
+    if job == _BETWEEN: most = 10 * tries # between two jobs: it takes longer to tell bad luck from a fault
+    if deaths < most: return
+    why = f"its process died {most} times, the last with {process.returncode}"
+    if job in (None, _BETWEEN): raise RuntimeError(f"a worker cannot {'go on' if job else 'start'}: {why}")
     journal.tell("failed", job, why=why, mistake=False)
 
 # %% ../../nbs/43_jobs.ipynb

@@ -165,7 +165,7 @@ def read_results(jobs:list, out) -> list: # records, in the order of the jobs
 
 # %% ../../nbs/42_results.ipynb
 @lru_cache(maxsize=4)
-def _keys(path, stamp): return frozenset(_read(path, _lines))
+def _keys(path, stamp): return frozenset(_read(path, _lines) or ())
 
 def is_there(job:Job, out) -> bool:
     "Whether a job has a result, in the cache or in the tables."
