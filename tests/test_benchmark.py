@@ -827,3 +827,22 @@ PINNED_GAP = dict(mean=-0.009529811850516257, low=-0.09195958749757915, high=0.0
 if __name__ == "__main__":  # a worker of the tests above
     _, work, name, out = sys.argv
     run_jobs(read_jobs(name), out, work=globals()[work])
+
+
+def test_a_journal_that_a_full_disk_cut_short(tmp_path):
+    journal = jobs.Journal(tmp_path / "journal")
+    journal.tell("begin", "a")
+    with open(journal.path, "a") as file: file.write('{"event": "do')
+    journal.tell("failed", "b", why="no")
+    journal.tell("done", "c")
+    assert [e["job"] for e in journal.events()] == ["a", "c"]
+    assert journal.ended("c") and not journal.ended("a")
+
+
+def test_a_claim_that_fails_is_told(bench, tmp_path, monkeypatch):
+    "Else the parent would take the job for another process's."
+    def broken(*_): raise OSError("no locks here")
+    monkeypatch.setattr(jobs, "claim", broken)
+    journal, job = jobs.Journal(tmp_path / "journal"), jobs_of(bench, tmp_path)[0]
+    with pytest.raises(OSError, match="no locks here"): run_job(job, tmp_path, journal=journal)
+    assert [(e["event"], e["job"]) for e in journal.events()] == [("failed", job.name)]

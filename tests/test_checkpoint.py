@@ -174,3 +174,9 @@ def test_published_state_is_a_copy():
         for p in transformer.parameters(): p.zero_()
     assert all(torch.equal(state[k], WEIGHTS[k]) for k in WEIGHTS) and len(state) == 14 + LAYERS * 20
     assert published_state(transformer, gradients=True) == {}
+
+
+def test_an_empty_configuration_is_inferred(tmp_path):
+    from dualreal.checkpoint import Adapter
+    tensors = random_weights(CONFIGS["one group"])
+    assert Adapter(tensors, dict(config={})).settings == Adapter(tensors).settings
