@@ -3,9 +3,9 @@
     python tools/recipes.py            # all that make the toy's weights: VAE, transformer, CLIP, DINO
     python tools/recipes.py 02 03      # some of them, by how their names begin
 
-Each notebook's code cells run in order in nbs/recipes, as a script; that needs only what the package needs: no
-Jupyter, no nbdev. Without a GPU two processes of one thread each share a recipe: they bear a busy machine better
-than one process with two threads. Stopped, a recipe goes on where it was.
+Each notebook's code cells run in order in nbs/recipes, as a script; that needs only what the package needs:
+no Jupyter, no nbdev. Without a GPU two processes of one thread each share a recipe: they bear a busy machine
+better than one process with two threads. Stopped, a recipe goes on where it was.
 """
 import json
 import os
@@ -44,7 +44,8 @@ def main(asked):
     if here: return run(Path(asked[0]))
     every = sorted(RECIPES.glob("[0-9]*.ipynb"))
     missing = [a for a in asked if not any(p.name.startswith(a) for p in every)]
-    if missing: sys.exit(f"no recipe begins with {missing[0]!r}: there are {', '.join(p.name for p in every)}")
+    known = ", ".join(p.name for p in every)
+    if missing: sys.exit(f"no recipe begins with {missing[0]!r}: there are {known}")
     for notebook in every:
         if notebook.name.startswith(tuple(asked or WEIGHTS)):
             print(f"== {notebook.name}", flush=True)
