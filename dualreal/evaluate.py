@@ -262,7 +262,7 @@ WORLDS = {} # name -> `World`
 
 def known_world(name:str=None) -> World: # None: the first
     "A world of the register; `InputError` says which there are."
-    if not WORLDS: raise InputError("no world is known: import one that is, as in `import dualreal.toytruth`")
+    if not WORLDS: raise InputError("no world is known: import one, as in `import dualreal.toy.truth`")
     if name is None: return next(iter(WORLDS.values()))
     if name not in WORLDS: raise InputError(f"world {name!r} is none of {', '.join(WORLDS)}")
     return WORLDS[name]
