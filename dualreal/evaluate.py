@@ -303,9 +303,8 @@ class _Whole:
 
 # %% ../nbs/32_evaluate.ipynb
 def _as_trained(run):
-    from dualreal.trainer import seen
-    clips = [(frames, run.size.fps) for frames in seen(run, "motion")]
-    return References([frames[0] for frames in seen(run, "identity")], clips)
+    clips = [(frames, run.size.fps) for frames in run.given.seen("motion")]
+    return References([frames[0] for frames in run.given.seen("identity")], clips)
 
 def _mean_of(numbers): # None where one is missing
     "Mean of numbers that are all there."
