@@ -112,7 +112,8 @@ class _Work:
         frames = read_item(item, c.height, c.width, c.frames, c.fps, c.fit)
         mean, std = encode_frames(self.pipe.vae, frames)
         if self.encoder is None: return dict(mean=mean, std=std)
-        return dict(mean=mean, std=std, reference=self.encoder.encode([first_frame(item)], norm=c.reference_norm)[0])
+        reference = self.encoder.encode([first_frame(item)], norm=c.reference_norm)[0]
+        return dict(mean=mean, std=std, reference=reference)
 
     def text(self, prompt): return _encode_prompt(self.pipe, prompt, self.max_tokens)[0].float()
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dualreal import loop
-from dualreal.backbone import tiny_pipeline
 from dualreal.core import InputError
 from dualreal.experiments.baselines import (
     METHODS,
@@ -17,6 +16,7 @@ from dualreal.experiments.baselines import (
     videos,
 )
 from dualreal.generate import generate
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.toy.world import write_case
 from dualreal.trainer import TrainConfig
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dualreal import data
-from dualreal.backbone import load_base, tiny_pipeline
+from dualreal.backbone import load_base
 from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
@@ -27,6 +27,7 @@ from dualreal.encode import encode_all
 from dualreal.resume import checkpoints
 from dualreal.settings import BaseSize, TrainConfig, completed
 from dualreal.store import Store
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.trainer import joint_prompt
 from dualreal.tuner import DualRealConfig
 from dualreal.video import write_video

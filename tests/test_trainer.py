@@ -22,7 +22,6 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from dualreal import checkpoint, encode
-from dualreal.backbone import tiny_pipeline
 from dualreal.checkpoint import adapter_tensors, read_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
@@ -30,6 +29,7 @@ from dualreal.loop import train_step
 from dualreal.memory import Plan, compile_blocks
 from dualreal.resume import Interrupted, checkpoints, damage, restore
 from dualreal.settings import as_flags
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.trainer import TrainConfig, prepare, scalars, train
 from dualreal.video import read_video, write_video
 
@@ -187,7 +187,7 @@ def test_the_last_step_is_always_kept(home, tmp_path, monkeypatch):
     "Memory runs out at the final videos: it is said what to do, and the resumed run trains no step again."
     config = settings(home, tmp_path / "run", save_every=0, samples=1)
     def full(*_, **__): raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr("dualreal.trainer.generate", full)
+    monkeypatch.setattr("dualreal.trainer.generate_all", full)
     with pytest.raises(RuntimeError, match="out of memory.*can be continued with --resume"):
         train(config, progress=False)
     monkeypatch.undo()
