@@ -1,6 +1,7 @@
 "What the wide prior shows: nothing that is held out, nor what might be taken for it."
 import numpy as np
 import pytest
+
 from dualreal.toy.world import (
     HELD_OUT_MOTIONS,
     HELD_OUT_SUBJECTS,
@@ -11,7 +12,6 @@ from dualreal.toy.world import (
     wide_clip,
     wide_picture,
 )
-
 
 @pytest.fixture(scope="module")
 def drawn():
