@@ -20,7 +20,7 @@ from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
 from dualreal.settings import TrainConfig, WatchConfig, as_flags, from_flags
-from dualreal.toyworld import HELD_OUT_SUBJECTS, plate, render, write_case
+from dualreal.toy.world import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
 
 @pytest.fixture(scope="module", autouse=True)
@@ -490,7 +490,7 @@ def test_generate_refuses_files(trained, tmp_path, capsys):
 
 
 def test_adapter_of_another_base(trained, tmp_path, capsys):
-    from dualreal.backbone import tiny_pipeline
+    from dualreal.toy.bases import tiny_pipeline
     tiny_pipeline(tmp_path / "tiny")
     tiny = ["--base", tmp_path / "tiny"]
     assert "another base" in complaint(capsys, 2, *generate(trained, tmp_path / "a.mp4", *tiny))

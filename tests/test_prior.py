@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from dualreal.toyworld import (
+from dualreal.toy.world import (
     HELD_OUT_MOTIONS,
     HELD_OUT_SUBJECTS,
     MOTIONS,
