@@ -111,6 +111,10 @@ def _denoise(pipe, prompts, seeds, texts, size, watch):
 # %% ../nbs/24_generate.ipynb
 _TOLD = "height", "width", "frames", "steps", "guidance", "max_tokens"
 
+def _check_seeds(seeds):
+    for seed in seeds:
+        if not 0 <= seed < 2**64: raise InputError(f"seed {seed}: give a whole number from 0, of 64 bits at most")
+
 def generate_all(pipe,              # stock CogVideoXPipeline; its transformer may have a DualReal adapter
                  prompts:list,      # texts
                  seeds:list,        # one for each prompt
@@ -121,9 +125,7 @@ def generate_all(pipe,              # stock CogVideoXPipeline; its transformer m
                 ) -> list[Generation]:
     "A video for each prompt and seed, of what is resolved already."
     config, made = active(pipe.transformer), []
-    for seed in seeds:
-        if not 0 <= seed < 2**64:
-            raise InputError(f"seed {seed}: give a whole number from 0, of 64 bits at most")
+    _check_seeds(seeds)
     pipe.set_progress_bar_config(disable=not progress, leave=False, desc="denoising")
     told = {k: getattr(size, k) for k in _TOLD} | dict(dial=dial, reference=reference is not None)
     if cache: told["approximate_cache"] = cache
@@ -146,6 +148,7 @@ def generate(pipe,               # stock CogVideoXPipeline; its transformer may 
              **sizes             # height, width, frames, steps, guidance, max_tokens; default: the base's own
             ) -> Generation:
     "Generate one video; the same arguments give the same video."
+    _check_seeds([seed])
     size = sized(pipe, **sizes)
     if texts is None: texts = embed(pipe, [prompt], size.max_tokens)
     tile(pipe, size.height, size.width)
