@@ -115,7 +115,7 @@ def find_sizes(base:str|Path="toy") -> Path: # a folder that `base_size` and the
 # %% ../nbs/20_backbone.ipynb
 def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
               device="cpu", # where it goes
-              dtype:str|torch.dtype=None # None: bfloat16 on an accelerator, float32 on the CPU
+              dtype:torch.dtype=None # None: bfloat16 on an accelerator, float32 on the CPU
              ) -> CogVideoXPipeline: # frozen, in evaluation mode
     "Load a stock pipeline; `InputError` says what is missing and how to get it."
     folder = find_base(base)
@@ -123,7 +123,7 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
     if kind != "CogVideoXPipeline":
         raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")
     device = pick_device(str(device))
-    if not isinstance(dtype, torch.dtype): dtype = pick_dtype(device, dtype)
+    if dtype is None: dtype = pick_dtype(device)
     pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype).to(device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
     return pipe

@@ -183,7 +183,7 @@ def _reference(args, adapter):
 # %% ../nbs/52_cli.ipynb
 def _run_evaluate(config:settings.EvaluateConfig):
     "dualreal evaluate: a folder of videos to metrics, tables and contact sheets."
-    import dualreal.toytruth  # noqa: F401  it enters the toy among the worlds whose truth is known
+    import dualreal.toy.truth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.evaluate import evaluate, status
     from dualreal.report import cells, write_pages
     report = evaluate(**vars(config))
@@ -288,7 +288,7 @@ def _run_card(config:settings.CardConfig):
 def _run_demo(config:settings.DemoConfig):
     "dualreal demo: photos and clips to videos, on the toy base."
     from dualreal.backbone import base_size, find_base
-    from dualreal.toyworld import write_case
+    from dualreal.toy.world import write_case
     from dualreal.trainer import train
     out, start = Path(config.out), time.perf_counter()
     if config.steps is None: config = replace(config, steps=base_size(find_base("toy")).training["steps"])
@@ -312,7 +312,7 @@ def _run_demo(config:settings.DemoConfig):
 def _check_demo(config):
     "`InputError` for an unknown subject or motion, or a folder that holds another demo."
     from dualreal.store import check_writable
-    from dualreal.toyworld import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS
+    from dualreal.toy.world import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS
     if config.steps < 1: raise InputError(f"--steps {config.steps}: give at least 1")
     for name, known in ((config.subject, HELD_OUT_SUBJECTS), (config.motion, HELD_OUT_MOTIONS)):
         if name not in known:
@@ -343,7 +343,7 @@ def _demo_rivals(config, prompt):
     "The base's own video and the truth, both written beside the run."
     from dualreal.backbone import base_size, load_base
     from dualreal.generate import generate
-    from dualreal.toyworld import HELD_OUT_SUBJECTS, render
+    from dualreal.toy.world import HELD_OUT_SUBJECTS, render
     from dualreal.video import write_video
     pipe = load_base("toy")
     plain = generate(pipe, prompt, seed=config.seed, progress=False).frames
@@ -355,8 +355,8 @@ def _demo_rivals(config, prompt):
 # %% ../nbs/52_cli.ipynb
 def _demo_scores(config) -> dict: # column -> a row for each of its videos
     "What toyworld's readers find in the demo's videos: 0 is nothing of the subject or motion, 1 all of it."
-    from dualreal.toytruth import identity_scores, motion_score, read, read_tracks
-    from dualreal.toyworld import HELD_OUT_SUBJECTS
+    from dualreal.toy.truth import identity_scores, motion_score, read, read_tracks
+    from dualreal.toy.world import HELD_OUT_SUBJECTS
     from dualreal.video import read_video
     out = Path(config.out)
     def scores(path):
@@ -384,7 +384,7 @@ def _numbers(text, kind, flag): # "0,1" -> [0, 1]
 # %% ../nbs/52_cli.ipynb
 def _run_bench(args):
     "dualreal bench: methods compared, case by case."
-    import dualreal.toytruth  # noqa: F401  it enters the toy among the worlds whose truth is known
+    import dualreal.toy.truth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.experiments import benchmark as b
     from dualreal.experiments import jobs, results
     if args.action == "data": return _bench_data(args)

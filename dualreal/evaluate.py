@@ -262,7 +262,7 @@ WORLDS = {} # name -> `World`
 
 def known_world(name:str=None) -> World: # None: the first
     "A world of the register; `InputError` says which there are."
-    if not WORLDS: raise InputError("no world is known: import one that is, as in `import dualreal.toytruth`")
+    if not WORLDS: raise InputError("no world is known: import one, as in `import dualreal.toy.truth`")
     if name is None: return next(iter(WORLDS.values()))
     if name not in WORLDS: raise InputError(f"world {name!r} is none of {', '.join(WORLDS)}")
     return WORLDS[name]
@@ -303,9 +303,8 @@ class _Whole:
 
 # %% ../nbs/32_evaluate.ipynb
 def _as_trained(run):
-    from dualreal.trainer import seen
-    clips = [(frames, run.size.fps) for frames in seen(run, "motion")]
-    return References([frames[0] for frames in seen(run, "identity")], clips)
+    clips = [(frames, run.size.fps) for frames in run.given.seen("motion")]
+    return References([frames[0] for frames in run.given.seen("identity")], clips)
 
 def _mean_of(numbers): # None where one is missing
     "Mean of numbers that are all there."

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from .core import Dimension
+from .data import Item, read_item
 from .encode import Encoded, EncodedCase
 from .memory import Plan, adamw
 from .objective import prediction_loss
 from .settings import BaseSize, TrainConfig
 from .switch import COUPLINGS, TrainingSwitch, focus, named_parts, parts_of
-from .tuner import active, blend_weights, reference
+from .tuner import DualRealConfig, active, blend_weights, reference
 
 # %% ../nbs/25_loop.ipynb
 def train_step(run  # a `Run` with a course
@@ -79,11 +81,11 @@ def dual_course(transformer,       # with its adapter
         if part == "controller": return controller
         return up if name.startswith("up.") else config.lr
     learns = [(p, rate(part, name)) for part, name, p in named_parts(transformer)]
-    mask = (lambda dimension: dimension) if config.gradient_mask else (lambda dimension: None)
+    masked, whole = partial(focus, transformer), lambda dimension: focus(transformer, None)
     referenced = ("identity", "motion") if config.coupling == "one-way" else ("motion",)
     return Course(learns, config.steps, config.warmup, config.motion_ratio, batches_of(config),
-                  lambda dimension: focus(transformer, mask(dimension)), referenced,
-                  COUPLINGS[config.coupling], parts_of(transformer))
+                  masked if config.gradient_mask else whole, referenced, COUPLINGS[config.coupling],
+                  parts_of(transformer))
 
 # %% ../nbs/25_loop.ipynb
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Given:
     words: dict                 # subject, motion, class_word, prompts
     files: dict                 # identity, motion -> paths
     size: BaseSize              # of videos
+    adapter: DualRealConfig = None # what a method of bottlenecks attaches
     tables: dict = field(default_factory=dict) # latent frames -> rotary position embeddings
 
     def rotary(self, frames): # in latents
@@ -106,6 +109,12 @@ class Given:
             self.tables[frames] = self.pipe._prepare_rotary_positional_embeddings(
                 self.config.height, self.config.width, frames, self.accelerator.device)
         return self.tables[frames]
+
+    def seen(self, dimension:str, most:int=None) -> list: # of uint8 (F, H, W, 3)
+        "Images or clips as they are trained on."
+        c, kind = self.config, dict(identity="image", motion="video")[dimension]
+        items = [Item(Path(path), kind, "") for path in self.files[dimension][:most]]
+        return [read_item(item, c.height, c.width, c.frames, c.fps, c.fit) for item in items]
 
 # %% ../nbs/25_loop.ipynb
 class _Shuffled:
@@ -123,8 +132,9 @@ class _Shuffled:
 # %% ../nbs/25_loop.ipynb
 class Run:
     "A run: what it works with, and where it stands."
-    def __init__(self, given:Given, plan:Plan=None): # plan: of memory
+    def __init__(self, given:Given, plan:Plan=None, adapter:dict=None): # plan: of memory
         self.given, self.plan, self.course = given, plan, None
+        self.adapter = adapter # published name -> parameter, as checkpoints hold it
         self.generator = torch.Generator().manual_seed(given.config.seed)
         self.samples, self.orders = {}, {}
         for name in ("identity", "motion"): self.add(name, getattr(given.case, name))

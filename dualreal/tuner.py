@@ -233,13 +233,12 @@ def _wrap(transformer, sites, target, key, parent):
     return layer
 
 # %% ../nbs/03_tuner.ipynb
-def config_for(settings,         # with rank, groups, scale and controller, as `TrainConfig`
-               reference=None    # embedding (1, E) of a picture; None: no condition
+def config_for(settings,              # with rank, groups, scale and controller, as `TrainConfig`
+               condition_dim:int=None # E, of a picture's embedding; None: no condition
               ) -> DualRealConfig:
     "What to attach for a training run."
-    dim = None if reference is None else reference.shape[-1]
     known = {k: getattr(settings, k) for k in ("rank", "groups", "scale", "controller")}
-    return DualRealConfig(condition_dim=dim, **known)
+    return DualRealConfig(condition_dim=condition_dim, **known)
 
 def check_attachable(transformer,
                      config, # with controller and groups: `DualRealConfig`, or settings of a run

@@ -17,7 +17,7 @@ from dualreal.experiments.baselines import (
     videos,
 )
 from dualreal.generate import generate
-from dualreal.toyworld import write_case
+from dualreal.toy.world import write_case
 from dualreal.trainer import TrainConfig
 
 PROMPTS = ["a cat * is swinging", "a cat * is swinging at night"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import dualreal.toytruth  # noqa: F401  enters the toy among the worlds
+import dualreal.toy.truth  # noqa: F401  enters the toy among the worlds
 from dualreal import encoders
 from dualreal.backbone import tiny_pipeline
 from dualreal.cli import main
@@ -63,7 +63,7 @@ from dualreal.experiments.results import (
 )
 from dualreal.metrics import METRICS
 from dualreal.report import latex, markdown
-from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
+from dualreal.toy.world import HELD_OUT_SUBJECTS, render, write_case
 
 SMALL = ('{"reference_encoder": "none", "rank": 4, "groups": 2, "steps": 2, '
          '"training": {"steps": 3, "batch_motion": 2, "batch_identity": 2, "lr": 0.001}}')

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 
-from dualreal.toyworld import write_case
+from dualreal.toy.world import write_case
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT/"screenshots"

@@ -20,7 +20,7 @@ from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
 from dualreal.settings import TrainConfig, WatchConfig, as_flags, from_flags
-from dualreal.toyworld import HELD_OUT_SUBJECTS, plate, render, write_case
+from dualreal.toy.world import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,7 +26,7 @@ from dualreal.metrics import (
     temporal_flickering,
 )
 from dualreal.report import write_pages
-from dualreal.toyworld import HELD_OUT_SUBJECTS, render, write_case
+from dualreal.toy.world import HELD_OUT_SUBJECTS, render, write_case
 from dualreal.video import read_video, stream_video, write_video
 
 HAS_DECORD = find_spec("decord") is not None

@@ -23,7 +23,7 @@ from dualreal.backbone import load_base, tiny_pipeline
 from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
-from dualreal.encode import encode_case
+from dualreal.encode import encode_all
 from dualreal.resume import checkpoints
 from dualreal.settings import BaseSize, TrainConfig, completed
 from dualreal.store import Store
@@ -347,7 +347,8 @@ def test_any_adapter_configuration(values): sentence_or(lambda: DualRealConfig(*
 def encoded(home, folder, cache):
     pipe = load_base(home / "tiny")
     case = data.load_case(folder / "one", folder / "wave")
-    return encode_case(pipe, case, 32, 32, 9, 16, cache=cache, progress=False)
+    config = TrainConfig("", "", "", height=32, width=32, frames=9)
+    return encode_all(pipe, case, config, 16, [], None, Store(cache), "cpu", progress=False)[0]
 
 
 def test_a_change_costs_its_own_entries(home, case):

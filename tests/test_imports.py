@@ -25,7 +25,7 @@ from house import (
 )
 
 HEAVY = {"torch", "torchvision", "transformers", "diffusers", "peft", "accelerate", "open_clip", "timm"}
-TOY = {"toyworld", "toytruth"}
+TOY = {"toy.world", "toy.truth"}
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: a fresh process each takes minutes")
 
 
@@ -48,7 +48,8 @@ def test_no_number_twice():
 
 
 def test_a_module_is_called_as_its_notebook():
-    assert not [m for m, p in NOTEBOOKS.items() if p.stem[3:] != m.split(".")[-1]]
+    called = {m: m.removeprefix("experiments.").replace(".", "") for m in MODULES}
+    assert not [m for m, p in NOTEBOOKS.items() if p.stem[3:] != called[m]]
 
 
 # The walls

@@ -11,7 +11,7 @@ from dualreal.cli import main
 from dualreal.experiments.baselines import find_method
 from dualreal.generate import generate, open_pipe
 from dualreal.studio import studio
-from dualreal.toyworld import write_case
+from dualreal.toy.world import write_case
 from dualreal.trainer import TrainConfig, train
 from dualreal.video import read_video
 

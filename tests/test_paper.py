@@ -6,7 +6,7 @@ import pytest
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
 
-import dualreal.toytruth  # noqa: F401  enters the toy among the worlds
+import dualreal.toy.truth  # noqa: F401  enters the toy among the worlds
 from dualreal.core import environment
 from dualreal.experiments.benchmark import differs, jobs_of, load_bench, paper_bench
 from dualreal.experiments.results import collect, missing_note, save, verdict

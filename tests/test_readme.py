@@ -15,7 +15,7 @@ import pytest
 from dualreal.cli import main, parser
 from dualreal.core import write_json
 from dualreal.generate import generate
-from dualreal.toyworld import write_case
+from dualreal.toy.world import write_case
 from dualreal.trainer import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +113,7 @@ def test_python_of_the_readme_runs(home, monkeypatch):
     "The block under 'In Python' as it stands, with two of all: pictures, clips, steps, denoising steps."
     monkeypatch.setattr("dualreal.trainer.TrainConfig", partial(TrainConfig, steps=2, samples=0))
     monkeypatch.setattr("dualreal.generate.generate", partial(generate, steps=2))
-    monkeypatch.setattr("dualreal.toyworld.write_case", partial(write_case, images=2, clips=2))
+    monkeypatch.setattr("dualreal.toy.world.write_case", partial(write_case, images=2, clips=2))
     block = re.search(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.S)[1]
     exec(block, {})
     assert (home / "cat.mp4").is_file()

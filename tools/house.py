@@ -139,7 +139,8 @@ def main():
     size = {m: (len(path_of(m).read_text(encoding="utf-8").splitlines()), len(public(m))) for m in MODULES}
     rows = [(f"{NUMBERS[m]:02} {m}", *size[m]) for m in MODULES]
     top = [m for m in MODULES if "." not in m]
-    for name, part in (("   without experiments", top), ("   in all", MODULES)):
+    packages = {f"   in {p}": [m for m in MODULES if m.startswith(f"{p}.")] for p in ("toy", "experiments")}
+    for name, part in {"   at the top level": top, **packages, "   in all": MODULES}.items():
         rows.append((name, *map(sum, zip(*(size[m] for m in part)))))
     for row in [("   module", "lines", "public"), *rows]: print("{:<28} {:>6} {:>6}".format(*row))
 
