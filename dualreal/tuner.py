@@ -84,7 +84,7 @@ def sites_of(transformer) -> Sites:
 # %% ../nbs/03_tuner.ipynb
 class _Blend:
     "The weights of one forward pass, the same object for all blocks."
-    def __init__(self): self.entries = {} # adapter: identity weights (B, n), motion weights, reference, acting
+    def __init__(self): self.entries = {} # adapter: weights (B, n) of both sides, reference, acting
 
 # %% ../nbs/03_tuner.ipynb
 class DualRealLayer(nn.Module, BaseTunerLayer):
