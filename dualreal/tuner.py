@@ -149,7 +149,7 @@ class Conductor(_Moments):
         super().__init__(base_layer, transformer, sites)
         self.dualreal_controller = nn.ModuleDict()
         self.configs, self.last, self.reference, self.dial = {}, {}, None, 0.
-        self.acting = tuple(Dimension)
+        self.acting = tuple(map(str, Dimension))
 
     def add(self, name, config, width, time_dim):
         "A controller for the adapter `name`."
@@ -318,7 +318,7 @@ def reference(transformer, # with a DualReal adapter
     finally: conductor.reference, conductor.acting = before
 
 def _known_sides(acting):
-    if acting and set(acting) <= set(Dimension): return tuple(acting)
+    if acting and set(acting) <= set(Dimension): return tuple(map(str, acting)) # plain, for torch.compile
     raise InputError(f"acting {acting!r}: give ('identity',), ('motion',) or both")
 
 def _checked(conductor, embedding):
