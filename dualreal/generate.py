@@ -176,15 +176,15 @@ def last_words(pipe, prompts:list, max_tokens:int, device:str=None,
                compile:bool=False  # the blocks: for large videos, on a GPU
               ) -> dict:           # texts of `embed`
     "Embed all prompts there will be; then the text encoder leaves, being half of the 5B's memory."
-    texts = embed(pipe, prompts, max_tokens, pick_device(device))
+    device = pick_device(device)
+    texts = embed(pipe, prompts, max_tokens, device)
     release(pipe, "text_encoder")
-    if offload: _offload_blocks(pipe, pick_device(device))
+    if offload: _offload_blocks(pipe, device)
     if compile: compile_blocks(pipe.transformer)
     return texts
 
 def _offload_blocks(pipe, device):
     "Blocks come to `device` one by one; everything else of the transformer moves there. Same results."
-    device = torch.device(device)
     pipe.vae.to(device)
     pipe.transformer.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
         offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda")

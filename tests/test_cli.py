@@ -490,7 +490,7 @@ def test_generate_refuses_files(trained, tmp_path, capsys):
 
 
 def test_adapter_of_another_base(trained, tmp_path, capsys):
-    from dualreal.backbone import tiny_pipeline
+    from dualreal.toy.bases import tiny_pipeline
     tiny_pipeline(tmp_path / "tiny")
     tiny = ["--base", tmp_path / "tiny"]
     assert "another base" in complaint(capsys, 2, *generate(trained, tmp_path / "a.mp4", *tiny))
