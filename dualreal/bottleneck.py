@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .core import Dimension
+
 # %% ../nbs/01_bottleneck.ipynb
 class Bottleneck(nn.Module):
     "One bottleneck (DualReal, Dual-aware Adaptation; exact gelu and zero start as in the published code)."
@@ -96,14 +98,19 @@ class BottleneckPair(nn.Module):
         self.motion = Bottleneck(width, rank, condition_dim) if motion else None
         self.form = fused_form if fused else naive_form
 
-    def forward(self, x, w_identity, w_motion, reference=None, out=None, opposed=False):
+    def forward(self, x, w_identity, w_motion, reference=None, out=None, opposed=False,
+                acting=tuple(Dimension)):
         """Tokens (B, N, d), weights (B,), reference (B|1, E) or None -> `out` plus what the site adds.
-        `opposed`: what one weight gains the other loses; no gradient needs to flow through their sum."""
-        both = (self.identity, w_identity), (self.motion, w_motion)
-        parts = [(b, w.to(x.dtype)) for b, w in both if b is not None]
+        `opposed`: what one weight gains the other loses; no gradient needs to flow through their sum.
+        `acting`: the sides that are computed; of the others only the skip is added."""
+        sides = dict(identity=w_identity.to(x.dtype), motion=w_motion.to(x.dtype))
+        there = {side: w for side, w in sides.items() if getattr(self, side) is not None}
+        parts = [(getattr(self, side), w) for side, w in there.items() if side in acting]
         away = any(b.down.weight.device != x.device for b, _ in parts)
-        if away or self.form is not fused_form:
-            added = (naive_form if away else self.form)(parts, x, reference)
+        if away or not parts or self.form is not fused_form:
+            added = (self.form if parts and not away else naive_form)(parts, x, reference)
+            for side in there.keys() - set(acting): added = added + there[side][:, None, None] * x
             return added if out is None else out + added
-        total = (w_identity + w_motion).detach().to(x.dtype) if opposed and len(parts) == 2 else None
+        opposed = opposed and len(there) == 2
+        total = (w_identity + w_motion).detach().to(x.dtype) if opposed else sum(there.values())
         return fused_form(parts, x, reference, out, total)

@@ -152,7 +152,9 @@ class Adapter:
     def base(self) -> str | None: return self.info.get("base")
 
     @property
-    def training(self) -> dict: return self.info.get("training", {})
+    def training(self) -> dict:
+        "Settings of the training, as far as they are known; without a coupling it was the published one."
+        return {"coupling": "mutual"} | self.info.get("training", {})
 
     @property
     def size(self) -> dict:

@@ -18,12 +18,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
+from .core import Dimension
 from .data import Item, read_item
 from .encode import Encoded, EncodedCase
 from .memory import Plan, adamw
 from .objective import prediction_loss
 from .settings import BaseSize, TrainConfig
-from .switch import TrainingSwitch, focus, named_parts, parts_of
+from .switch import COUPLINGS, TrainingSwitch, focus, named_parts, parts_of
 from .tuner import DualRealConfig, active, blend_weights, reference
 
 # %% ../nbs/25_loop.ipynb
@@ -63,6 +64,7 @@ class Course:
     batches: dict                        # dimension -> {samples: (how many, weight of their loss)}
     focus: Callable = lambda dimension: None # called with what was drawn: chooses what learns in the step
     referenced: tuple = ()               # the samples that come with their reference
+    acting: dict = field(default_factory=dict) # samples -> the sides that act on them; not named: both
     parts: dict = field(default_factory=dict) # name -> parameters, for the gradient norms of the log
 
 def batches_of(config:TrainConfig # completed
@@ -80,8 +82,10 @@ def dual_course(transformer,       # with its adapter
         return up if name.startswith("up.") else config.lr
     learns = [(p, rate(part, name)) for part, name, p in named_parts(transformer)]
     masked, whole = partial(focus, transformer), lambda dimension: focus(transformer, None)
+    referenced = ("identity", "motion") if config.coupling == "one-way" else ("motion",)
     return Course(learns, config.steps, config.warmup, config.motion_ratio, batches_of(config),
-                  masked if config.gradient_mask else whole, ("motion",), parts_of(transformer))
+                  masked if config.gradient_mask else whole, referenced, COUPLINGS[config.coupling],
+                  parts_of(transformer))
 
 # %% ../nbs/25_loop.ipynb
 @dataclass(frozen=True)
@@ -201,13 +205,14 @@ def _micro_batches(batch:list[_Drawn], size:int) -> list[list[_Drawn]]: # size: 
 
 # %% ../nbs/25_loop.ipynb
 def _part_loss(run:Run, part:list[_Drawn], samples:str):
-    "The denoising loss of samples of one shape, with their reference where the course says so."
+    "The denoising loss of samples of one shape, with the reference and the sides that the course says."
     device, transformer = run.accelerator.device, run.pipe.transformer
     latents, noise = (torch.stack([getattr(s, k) for s in part]).to(device) for k in ("latents", "noise"))
     text, timesteps = torch.stack([s.item.text for s in part]), torch.cat([s.timestep for s in part])
     known = samples in run.course.referenced and part[0].item.reference is not None
     e = torch.stack([s.item.reference for s in part]).to(device) if known else None
-    with reference(transformer, e) if active(transformer) else nullcontext():
+    acting = run.course.acting.get(samples, tuple(Dimension))
+    with reference(transformer, e, acting) if active(transformer) else nullcontext():
         return prediction_loss(transformer, run.pipe.scheduler, latents, text.to(device, transformer.dtype),
                                timesteps.to(device), noise, run.given.rotary(latents.shape[1]))
 

@@ -8,6 +8,7 @@ __all__ = ['velocity_loss', 'prediction_loss', 'denoising_loss']
 # %% ../nbs/05_objective.ipynb
 import torch
 
+from .core import Dimension
 from .tuner import reference as given_reference
 
 # %% ../nbs/05_objective.ipynb
@@ -37,7 +38,9 @@ def denoising_loss(transformer,            # with a DualReal adapter
                    timesteps,              # (B,) whole numbers
                    noise,                  # like `latents`
                    reference=None,         # reference embeddings (B|1, E) on motion steps, else None
-                   image_rotary_emb=None): # (cos, sin), for bases with rotary positions
+                   image_rotary_emb=None,  # (cos, sin), for bases with rotary positions
+                   acting=tuple(Dimension)): # the sides that act, see `switch.COUPLINGS`
     "The loss of one step, a scalar with gradients."
     given = latents, prompt_embeds, timesteps, noise, image_rotary_emb
-    with given_reference(transformer, reference): return prediction_loss(transformer, scheduler, *given)
+    with given_reference(transformer, reference, acting):
+        return prediction_loss(transformer, scheduler, *given)

@@ -254,8 +254,9 @@ def check_same(config:TrainConfig):
 
 def _compare(config, before:dict): # before: the settings as JSON
     "`InputError` names the first setting that would make another run of it."
-    now = json.loads(json.dumps(asdict(config), default=str))
-    for k in sorted(now.keys() & before.keys() - MAY_DIFFER):
+    now, before = json.loads(json.dumps(asdict(config), default=str)), dict(coupling="mutual") | before
+    both = now.keys() & before.keys() - MAY_DIFFER
+    for k in sorted(both, key=lambda k: (k != "coupling", k)): # first, because it may imply another
         if before[k] != now[k]:
             raise InputError(f"{config.out}: was started with {k}={before[k]!r}, not {now[k]!r}; "
                              "resume it with the same settings or give another --out folder")

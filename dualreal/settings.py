@@ -126,6 +126,9 @@ class TrainConfig:
     motion_ratio: float | None = option(None, "probability of a motion step", "", _own("motion_ratio"),
                                         least=0, most=1)
     gradient_mask: bool = option(True, "False: both sides always learn", flag="mask")
+    coupling: str = option("mutual", "mutual, as published: both sides act in every step; ours: one-way: "
+                           "motion steps without the identity side; none: each side alone, fixed weights",
+                           choices=("mutual", "one-way", "none"))
     batch_motion: int | None = option(None, "clips in a motion step", "clips", _own("batch_motion"), least=1)
     batch_identity: int | None = option(None, "images in an identity step", "images", _own("batch_identity"),
                                         least=1)
@@ -183,7 +186,10 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
     if done.memory is None and (done.eight_bit or done.fp8): done.memory = "auto" # they mean a plan
     if done.memory is not None and done.gradient_checkpointing is not None:
         raise InputError("memory and gradient_checkpointing: give one, the plan for the memory decides both")
-    return checked(done)
+    if done.coupling == "none": done.controller = False # it would learn in every step, of both sides
+    if checked(done).coupling != "mutual" and not done.gradient_mask:
+        raise InputError(f"coupling {done.coupling!r} needs the gradient mask: leave --no-mask out")
+    return done
 
 # %% ../nbs/10_settings.ipynb
 MAY_DIFFER = {one.name for one in fields(TrainConfig) if one.metadata["same"]}

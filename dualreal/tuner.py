@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from .bottleneck import BottleneckPair
-from .core import InputError
+from .core import Dimension, InputError
 from .stageblender import FixedBlend, StageBlender, dialled, group_of
 
 # %% ../nbs/03_tuner.ipynb
@@ -84,7 +84,7 @@ def sites_of(transformer) -> Sites:
 # %% ../nbs/03_tuner.ipynb
 class _Blend:
     "The weights of one forward pass, the same object for all blocks."
-    def __init__(self): self.entries = {} # adapter: (identity weights (B, n), motion weights, reference)
+    def __init__(self): self.entries = {} # adapter: weights (B, n) of both sides, reference, acting
 
 # %% ../nbs/03_tuner.ipynb
 class _DualRealLayer(nn.Module, BaseTunerLayer):
@@ -149,6 +149,7 @@ class _Conductor(_Moments):
         super().__init__(base_layer, transformer, sites)
         self.dualreal_controller = nn.ModuleDict()
         self.configs, self.last, self.reference, self.dial = {}, {}, None, 0.
+        self.acting = tuple(map(str, Dimension))
 
     def add(self, name, config, width, time_dim):
         "A controller for the adapter `name`."
@@ -172,7 +173,7 @@ class _Conductor(_Moments):
             raise InputError(f"{len(e)} reference embeddings for {len(tokens)} samples: give one or as many")
         identity = dialled(self.dualreal_controller[name](self.time, tokens), self.dial, scale)
         self.last[name] = identity.detach()
-        return factor * identity, factor * (scale - identity), e
+        return factor * identity, factor * (scale - identity), e, self.acting
 
 # %% ../nbs/03_tuner.ipynb
 class Site(_DualRealLayer):
@@ -194,12 +195,12 @@ class Site(_DualRealLayer):
     def added(self, x, blend, out):
         "`out` plus what the active adapters add for the tokens x (B, N, d)."
         if blend is None: raise RuntimeError("call the transformer, not a block: the weights come from there")
-        for name, (*weights, reference) in blend.entries.items():
+        for name, (*weights, reference, acting) in blend.entries.items():
             pair = self.dualreal_bottleneck[name]
             group = pair.group.to(x.device)
             weights = [w.to(x.device).index_select(1, group)[:, 0] for w in weights]  # (B,) each
             e = None if reference is None else reference.to(x.device)
-            out = pair(x, *weights, e, out, opposed=True) # they add up to the scale
+            out = pair(x, *weights, e, out, opposed=True, acting=acting) # they add up to the scale
         return out
 
 # %% ../nbs/03_tuner.ipynb
@@ -301,12 +302,18 @@ def active(transformer) -> DualRealConfig | None: # None: there is no adapter of
 
 @contextmanager
 def reference(transformer, # with a DualReal adapter
-              embedding):  # (B, E) or (1, E), also (B|1, 1, E); None: condition absent
+              embedding,   # (B, E) or (1, E), also (B|1, 1, E); None: condition absent
+              acting=tuple(Dimension)): # the sides that act; for training, see `switch.COUPLINGS`
     "Within the block, forward passes see this reference embedding; adapters without a condition ignore it."
     conductor = conductor_of(transformer)
-    before, conductor.reference = conductor.reference, _checked(conductor, embedding)
+    before, given = (conductor.reference, conductor.acting), _checked(conductor, embedding)
+    conductor.reference, conductor.acting = given, _known_sides(acting)
     try: yield transformer
-    finally: conductor.reference = before
+    finally: conductor.reference, conductor.acting = before
+
+def _known_sides(acting):
+    if acting and set(acting) <= set(Dimension): return tuple(map(str, acting)) # plain, for torch.compile
+    raise InputError(f"acting {acting!r}: give ('identity',), ('motion',) or both")
 
 def _checked(conductor, embedding):
     if embedding is None: return None

@@ -57,7 +57,8 @@ def output(run, seed=0):
 
 
 @pytest.mark.parametrize("spec", ["dualreal", "lora", "full_finetune", "isolated", "without_dual_aware",
-                                  "subject_then_motion", "without_mask", "without_stageblender"])
+                                  "subject_then_motion", "without_mask", "without_stageblender",
+                                  "one_way_fixed", "none_fixed", "one_way"])
 def test_equal_budgets(home, spec, monkeypatch):
     "Samples counted where they are drawn, not from the log; all methods take what DualReal takes."
     drawn, real = [], Encoded.sample

@@ -805,13 +805,15 @@ def test_recorded_results_of_the_toy():
     assert len((out / "toy/jobs.jsonl").read_text().splitlines()) == 804 and "804 results" in spent(toy, out)
     for table, methods in toy.tables.items():
         counts = status(jobs_of(toy, out, [table]), out)["methods"]
-        assert counts == {m: dict(done=20, diverged=0, missing=0) for m in methods}, table
+        there = {m: 0 if m in NOT_YET else 20 for m in methods}
+        assert counts == {m: dict(done=n, diverged=0, missing=20 - n) for m, n in there.items()}, table
     found = paired(read_results(jobs_of(toy, out, ["comparison"]), out))
     columns = "identity", "motion", "clip_i"
     told = {m: [row[c]["mean"] for c in columns] for m, row in table_of(found).items()}
     assert told == PINNED and gap(found, "identity", "dualreal", "base") == PINNED_GAP
 
 
+NOT_YET = "one_way_fixed", "none_fixed", "one_way"  # the table of couplings
 PINNED = {
     "base": [0.29958269835808815, 0.009813285266256905, 0.06127387533481247],
     "dualreal": [0.2900528865075719, 0.12005780396629033, 0.46531590972043546],

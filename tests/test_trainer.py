@@ -428,8 +428,10 @@ def noted(notes): return [json.loads((notes / f"{rank}.json").read_text()) for r
 
 @fork
 @pytest.mark.parametrize("more", [dict(), dict(motion_ratio=1., micro_batch=3), dict(gradient_mask=False),
-                                  dict(batch_identity=1, batch_motion=1, controller=False)],
-                         ids=["as published", "clips of many lengths", "unmasked", "an idle process"])
+                                  dict(batch_identity=1, batch_motion=1, controller=False),
+                                  dict(coupling="one-way", reference_encoder="toy"), dict(coupling="none")],
+                         ids=["as published", "clips of many lengths", "unmasked", "an idle process",
+                              "one-way", "none"])
 def test_two_processes_are_one_run(home, tmp_path, more):
     "The same dimensions, losses, gradients and weights as one process; only the first writes."
     train(settings(home, tmp_path / "one", **more), progress=False)

@@ -72,8 +72,8 @@ class Method:
     settings: dict = field(default_factory=dict)      # of `TrainConfig`
     tuned_as: str | None = None                       # whose learning rate it takes; None: its own
     ignores = "scale", "up_lr_ratio", "controller_lr" # what a base may ask of bottlenecks only
-    unused = (*ignores, "groups", "controller", "gradient_mask", "reference_encoder", "reference_norm",
-              *_TRAINER) # not to be asked for
+    unused = (*ignores, "groups", "controller", "gradient_mask", "coupling", "reference_encoder",
+              "reference_norm", *_TRAINER) # not to be asked for
 
     @property
     def kind_of_rate(self) -> str: # "own": to be searched for, "another's", or "none"
@@ -123,7 +123,7 @@ class Apart(Method):
     "One-sided bottlenecks, each trained in its own run, both active at inference."
     strengths: tuple = (1., 1.)         # of identity and motion at inference, times their weights
     motion_steps: int | None = None     # None: as many as DualReal draws
-    ignores, unused = (), ("gradient_mask", *_TRAINER)
+    ignores, unused = (), ("gradient_mask", "coupling", *_TRAINER)
 
     def __post_init__(self):
         if len(self.strengths) != 2 or not all(_fits(s, float) and math.isfinite(s) for s in self.strengths):
@@ -331,7 +331,10 @@ METHODS = dict(
     without_dual_aware=Apart("without Dual-aware Adaptation", tuned_as="dualreal"),
     without_mask=_ablation("without gradient mask", gradient_mask=False),
     without_stageblender=_ablation("without StageBlender", controller=False),
-    without_reference=_ablation("without reference condition", reference_encoder="none"))
+    without_reference=_ablation("without reference condition", reference_encoder="none"),
+    one_way_fixed=_ablation("our one-way, fixed weights", coupling="one-way", controller=False),
+    none_fixed=_ablation("our none, fixed weights", coupling="none", controller=False),
+    one_way=_ablation("our one-way, controller", coupling="one-way"))
 
 SWEEPS = dict(groups=(1, 2, 3, 6, 7, 42), motion_ratio=(.1, .25, .5, .75, .9), rank=(4, 8, 16, 64, 128),
               scale=(.05, .2, .5, 1., 2.))
