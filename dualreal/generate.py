@@ -113,7 +113,8 @@ _TOLD = "height", "width", "frames", "steps", "guidance", "max_tokens"
 
 def _check_seeds(seeds):
     for seed in seeds:
-        if not 0 <= seed < 2**64: raise InputError(f"seed {seed}: give a whole number from 0, of 64 bits at most")
+        if not 0 <= seed < 2**64:
+            raise InputError(f"seed {seed}: give a whole number from 0, of 64 bits at most")
 
 def generate_all(pipe,              # stock CogVideoXPipeline; its transformer may have a DualReal adapter
                  prompts:list,      # texts

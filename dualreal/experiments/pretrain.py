@@ -136,10 +136,12 @@ def _begin(path, start, model, optimizers, minutes):
     return Progress(**state["at"] | dict(minutes=minutes)), mean
 
 def _keep(path, at, model, mean, optimizers):
-    save(path, dict(step=at.step, at=asdict(at), model=model.state_dict(), ema=mean, opt=[o.state_dict() for o in optimizers], environment=environment()))
+    states = dict(model=model.state_dict(), ema=mean, opt=[o.state_dict() for o in optimizers])
+    save(path, dict(states, step=at.step, at=asdict(at), environment=environment()))
 
 def _note(path, at, told, rate):
-    row = dict(step=at.step, minutes=round(at.spent / 60, 2), **{k: round(torch.stack(v).mean().item(), 4) for k, v in told.items()}, rate=round(rate, 3))
+    means = {k: round(torch.stack(v).mean().item(), 4) for k, v in told.items()}
+    row = dict(step=at.step, minutes=round(at.spent / 60, 2), **means, rate=round(rate, 3))
     with open(path.with_suffix(".jsonl"), "a", encoding="utf-8") as log: log.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/45_pretrain.ipynb
@@ -171,10 +173,12 @@ def pretrain(path:str|Path, # the checkpoint; means of the losses go into the `.
         for o in optimizers: o.step()
         model.zero_grad()
         at.step += 1
-        get_ema_multi_avg_fn(min(average, at.step / (at.step + 9)))([*mean.values()], [p.detach() for p in model.parameters()], None)
+        now_are = [p.detach() for p in model.parameters()]
+        get_ema_multi_avg_fn(min(average, at.step / (at.step + 9)))([*mean.values()], now_are, None)
         for k, v in numbers.items(): told[k].append(v.detach())
         if at.step % every == 0 and rank() == 0: _note(path, at, told, factor)
         if at.step % every == 0: told.clear()
-        if rank() == 0 and (now - kept > 60 * keep or not at.left): _keep(path, at, model, mean, optimizers); kept = now
+        if rank() == 0 and (now - kept > 60 * keep or not at.left):
+            _keep(path, at, model, mean, optimizers); kept = now
     wait()
     return mean

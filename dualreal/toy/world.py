@@ -475,13 +475,13 @@ def _any_colour(rng):
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(*hsv))
 
 def near(a:Subject, b:Subject) -> bool:
-    "Might one be taken for the other? The same kind in nearly the same colour, or in a similar one with the same pattern."
+    "May one be taken for the other: the same kind in nearly its colour, or in a similar one with its pattern?"
     off = np.abs(rgb(a.colour) - rgb(b.colour)).max()
     return a.kind == b.kind and bool(off < 40 or off < 80 and a.pattern == b.pattern)
 
 def wide_subject(rng # numpy Generator
                 ) -> Subject:
-    "Half in a palette colour, half in any; mostly with a pattern and something worn; none near a held-out subject."
+    "Half in a palette colour, half in any; mostly with a pattern and something worn; none `near` a held-out one."
     one = lambda table: str(rng.choice(list(table)))
     while True:
         colour = one(PALETTE) if rng.random() < .5 else _any_colour(rng)
@@ -530,7 +530,8 @@ def wandering(rng # numpy Generator
     while True:
         path = _smooth_path(rng)
         moves = np.sqrt((_centred(path)**2).sum(0).mean()) > .35
-        if moves and min(unlike(path, held.path) for held in HELD_OUT_MOTIONS.values()) > .6: return Motion("", path)
+        held = (m.path for m in HELD_OUT_MOTIONS.values())
+        if moves and min(unlike(path, h) for h in held) > .6: return Motion("", path)
 
 # %% ../../nbs/15_toyworld.ipynb
 VERBS = """advancing arcing approaching bobbing bowing bustling cantering cartwheeling charging chasing
@@ -544,7 +545,8 @@ sneaking soaring staggering stomping strolling strutting stumbling surfing swayi
 teetering tilting toppling trotting twirling twisting undulating vaulting veering waddling wandering
 wavering weaving wheeling whirling winding wobbling wriggling""".split()
 
-def _syllables(rng): return "".join(str(rng.choice(list(letters))) for letters in ("bdfgklmnprstvz", "aeiou") * 2)
+def _syllables(rng):
+    return "".join(str(rng.choice(list(letters))) for letters in ("bdfgklmnprstvz", "aeiou") * 2)
 
 @cache
 def names(count:int=200) -> tuple: # of str
@@ -562,19 +564,20 @@ def wide_picture(rng, side:int, # pixels
     pick = rng.integers(3) if turned is None else 2 * turned
     pose = rng.uniform(-1, 1, 4) * (1.2, 1.2, .8, np.pi if pick == 2 else .9) * (pick > 0)
     motion, jitter = Motion("", _path(lambda t, p: pose)), 1. if pick else 1.5
-    return render(subject or wide_subject(rng), motion, str(rng.choice(list(BACKGROUNDS))), 1, side, side, rng, rng.uniform(.27, .36), jitter)
+    subject, place = subject or wide_subject(rng), str(rng.choice(list(BACKGROUNDS)))
+    return render(subject, motion, place, 1, side, side, rng, rng.uniform(.27, .36), jitter)
 
 def wide_clip(rng, side:int, # pixels
               frames:int=9
              ) -> tuple: # uint8 (frames, side, side, 3), truth
-    "A clip of the wide prior: a named motion, or a path of its own; `truth.motion` is a name or a `Motion` without a phrase."
+    "A clip of the wide prior; `truth.motion` is a known motion's name, or a wandering `Motion`."
     subject, place = wide_subject(rng), str(rng.choice(list(BACKGROUNDS)))
     motion = str(rng.choice(list(MOTIONS))) if rng.random() < .5 else wandering(rng)
     return render(subject, motion, place, frames, side, side, rng, rng.uniform(.27, .36))
 
 # %% ../../nbs/15_toyworld.ipynb
 def wide_caption(rng, truth:Truth) -> str:
-    "One of the captions that fit: colour said in 70%, kind in 85%, place in 70%; a name in a quarter, any verb for a path without a name."
+    "One of the captions that fit. Colour and place are said in 70%, the kind in 85%, a name in 25%."
     heard = lambda chance: bool(rng.random() < chance)
     colour = f"{truth.subject.colour} " if isinstance(truth.subject.colour, str) and heard(.7) else ""
     noun = truth.subject.kind if heard(.85) else "creature"
