@@ -475,13 +475,13 @@ def _any_colour(rng):
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(*hsv))
 
 def near(a:Subject, b:Subject) -> bool:
-    "May one be taken for the other: the same kind in nearly its colour, or in a similar one with its pattern?"
+    "Whether one may be taken for the other: its kind in its colour, or in a similar one with its pattern."
     off = np.abs(rgb(a.colour) - rgb(b.colour)).max()
     return a.kind == b.kind and bool(off < 40 or off < 80 and a.pattern == b.pattern)
 
 def wide_subject(rng # numpy Generator
                 ) -> Subject:
-    "Half in a palette colour, half in any; mostly with a pattern and something worn; none `near` a held-out one."
+    "Half in a palette colour; mostly with a pattern and something worn; none `near` a held-out one."
     one = lambda table: str(rng.choice(list(table)))
     while True:
         colour = one(PALETTE) if rng.random() < .5 else _any_colour(rng)
