@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .checkpoint import read_adapter, save_adapter
+from .checkpoint import FILE, read_adapter, save_adapter
 from .core import InputError, atomic_path, environment, fsync, write_json
 from .loop import Run
 from .settings import MAY_DIFFER, TrainConfig
@@ -231,17 +231,17 @@ def _continue(run, state, adapter):
     run.saved = run.step
 
 # %% ../nbs/26_resume.ipynb
-def check_out(out, resume:bool) -> bool: # True: there is a finished run, nothing to do
+def check_out(out, resume:bool) -> Path|None: # the adapter file of a finished run: nothing is left to do
     "`InputError` if `out` cannot be written, or holds a run and `resume` was not asked for."
     if Path(out).suffix in (".safetensors", ".pth"):
         raise InputError(f"{out}: --out is the folder of the run: leave {Path(out).suffix} off")
     out = Path(out)
-    files = (out/"config.json").is_file(), *step_folders(out/"checkpoints"), *out.glob("[!.]*.safetensors")
-    holds = any(files)
+    adapters = sorted(out.glob("[!.]*.safetensors"), key=lambda p: p.name != FILE)
+    holds = (out/"config.json").is_file() or step_folders(out/"checkpoints") or adapters
     if holds and not resume:
         raise InputError(f"{out} holds a run: continue it with --resume (resume=True) or give another --out")
     check_writable(out, "give another --out folder")
-    return resume and (out/"run.json").exists()
+    return next(iter(adapters), out/FILE) if resume and (out/"run.json").exists() else None
 
 def check_same(config:TrainConfig):
     "`InputError` if checkpoints are continued with settings other than those they were made with."

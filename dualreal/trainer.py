@@ -21,7 +21,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm import tqdm
 
 from .backbone import base_size, find_sizes, load_base, load_reference_encoder, video_size
-from .checkpoint import FILE, adapter_tensors, find_adapter
+from .checkpoint import FILE, adapter_tensors
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
 from .data import joint_prompt, load_case
 from .encode import encode_all
@@ -188,7 +188,7 @@ def train(config:TrainConfig,
           score:Callable=None    # called with (run, folder of a preview); identity, motion and other numbers
          ) -> Path:              # the adapter file
     "Train one case; ends with the adapter, a loss plot, a contact sheet and run.json."
-    if check_out(config.out, config.resume): return find_adapter(config.out)
+    if done := check_out(config.out, config.resume): return done
     run = prepare(config, progress)
     progress, main = progress and run.accelerator.is_main_process, run.accelerator.is_main_process
     restored = restore(run) if config.resume else None
