@@ -164,13 +164,14 @@ def write_adapter(adapter:Adapter,
                   path) -> Path: # *.safetensors, *.pth, or a folder, which gets adapter.safetensors
     "Write an adapter atomically; returns the file's path."
     path, tensors = Path(path), {k: t.contiguous() for k, t in adapter.tensors.items() if k != _SCALE}
-    if path.suffix in _PICKLES:
-        with atomic_path(path) as tmp: torch.save(_with_scale(tensors, adapter.settings["scale"]), tmp)
-        return path
-    if path.suffix != ".safetensors": path = path/FILE
-    if adapter.reference is not None: tensors[_REFERENCE] = adapter.reference.detach().cpu().reshape(1, -1)
+    pickled = path.suffix in _PICKLES
+    if pickled: tensors = _with_scale(tensors, adapter.settings["scale"])
+    elif adapter.reference is not None: tensors[_REFERENCE] = adapter.reference.detach().cpu().reshape(1, -1)
+    if not pickled and path.suffix != ".safetensors": path = path/FILE
     info = json.dumps(dict(adapter.info, config=adapter.settings), default=str)
-    with atomic_path(path) as tmp: save_file(tensors, tmp, {"format": "pt", "dualreal": info})
+    with atomic_path(path) as tmp:
+        if pickled: torch.save(tensors, tmp)
+        else: save_file(tensors, tmp, {"format": "pt", "dualreal": info})
     return path
 
 def save_adapter(transformer,            # with a DualReal adapter

@@ -145,8 +145,9 @@ def _run_generate(args:settings.GenerateConfig):
         raise InputError('--prompt is empty: say what the video shows, as "a dog * is playing guitar"')
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
+    from dualreal.backbone import sized
     from dualreal.checkpoint import read_adapter
-    from dualreal.generate import CACHES, generate, last_words, open_pipe, sized
+    from dualreal.generate import CACHES, generate, last_words, open_pipe
     from dualreal.store import check_writable
     if args.approximate not in (None, *CACHES):
         raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
@@ -157,7 +158,8 @@ def _run_generate(args:settings.GenerateConfig):
         print(f'note: --prompt has no "*": {known}')
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     pipe = open_pipe(adapter, args.base, args.device, args.precision, args.offload)
-    size, reference = sized(pipe, **{**adapter.size, **given}), _reference(args, adapter)
+    reference = _reference(args, adapter)
+    size = sized(pipe, **{**adapter.size, **given})
     texts = last_words(pipe, [args.prompt], size.max_tokens, args.device, args.offload, args.compile)
     made = generate(pipe, args.prompt, texts, reference, args.seed, args.dial, args.approximate,
                     **{k: getattr(size, k) for k in _SIZES})
@@ -168,8 +170,9 @@ def _write_generation(out, made, fps, **facts):
     "The video, its record, a picture of its weights."
     from dualreal.figures import save_figure, weights_figure
     from dualreal.video import write_video
+    record = dict(made.record(), **facts)
     write_video(out, made.frames, fps)
-    write_json(f"{out}.json", dict(made.record(), **facts))
+    write_json(f"{out}.json", record)
     save_figure(weights_figure(made), f"{out}.weights.png", 100)
     print(f"video    {out}\nrecord   {out}.json\nweights  {out}.weights.png")
 

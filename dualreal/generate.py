@@ -114,17 +114,16 @@ _TOLD = "height", "width", "frames", "steps", "guidance", "max_tokens"
 def generate_all(pipe,              # stock CogVideoXPipeline; its transformer may have a DualReal adapter
                  prompts:list,      # texts
                  seeds:list,        # one for each prompt
-                 texts:dict=None,   # of `embed`, where the text encoder has left
+                 texts:dict,        # of `embed`
+                 size,              # of `sized`; the VAE is ready for it (`tile`)
                  reference=None,    # embedding (1, E) of a picture of the subject; None: condition absent
-                 dial:float=0., cache:str=None, batch:int=1, progress=True, **sizes # as for `generate`
+                 dial:float=0., cache:str=None, batch:int=1, progress=True # as for `generate`
                 ) -> list[Generation]:
-    "A video for each prompt and seed."
-    size, config, made = sized(pipe, **sizes), active(pipe.transformer), []
+    "A video for each prompt and seed, of what is resolved already."
+    config, made = active(pipe.transformer), []
     for seed in seeds:
         if not 0 <= seed < 2**64:
             raise InputError(f"seed {seed}: give a whole number from 0, of 64 bits at most")
-    if texts is None: texts = embed(pipe, dict.fromkeys(prompts), size.max_tokens)
-    tile(pipe, size.height, size.width)
     pipe.set_progress_bar_config(disable=not progress, leave=False, desc="denoising")
     told = {k: getattr(size, k) for k in _TOLD} | dict(dial=dial, reference=reference is not None)
     if cache: told["approximate_cache"] = cache
@@ -147,7 +146,10 @@ def generate(pipe,               # stock CogVideoXPipeline; its transformer may 
              **sizes             # height, width, frames, steps, guidance, max_tokens; default: the base's own
             ) -> Generation:
     "Generate one video; the same arguments give the same video."
-    return generate_all(pipe, [prompt], [seed], texts, reference, dial, cache, progress=progress, **sizes)[0]
+    size = sized(pipe, **sizes)
+    if texts is None: texts = embed(pipe, [prompt], size.max_tokens)
+    tile(pipe, size.height, size.width)
+    return generate_all(pipe, [prompt], [seed], texts, size, reference, dial, cache, progress=progress)[0]
 
 # %% ../nbs/24_generate.ipynb
 def open_pipe(adapter=None,       # `Adapter`, or what `read_adapter` takes; None: the base alone
@@ -174,15 +176,15 @@ def last_words(pipe, prompts:list, max_tokens:int, device:str=None,
                compile:bool=False  # the blocks: for large videos, on a GPU
               ) -> dict:           # texts of `embed`
     "Embed all prompts there will be; then the text encoder leaves, being half of the 5B's memory."
-    texts = embed(pipe, prompts, max_tokens, pick_device(device))
+    device = pick_device(device)
+    texts = embed(pipe, prompts, max_tokens, device)
     release(pipe, "text_encoder")
-    if offload: _offload_blocks(pipe, pick_device(device))
+    if offload: _offload_blocks(pipe, device)
     if compile: compile_blocks(pipe.transformer)
     return texts
 
 def _offload_blocks(pipe, device):
     "Blocks come to `device` one by one; everything else of the transformer moves there. Same results."
-    device = torch.device(device)
     pipe.vae.to(device)
     pipe.transformer.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
         offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda")

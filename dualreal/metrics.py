@@ -4,8 +4,7 @@
 
 # %% auto 0
 __all__ = ['METRICS', 'Undefined', 'clip_t', 'image_similarity', 'temporal_consistency', 'clean_prompt', 'temporal_flickering',
-           'pad', 'unpad', 'motion_smoothness', 'flow_stride', 'dynamic_degree', 'deviation', 'bootstrap',
-           'macro_average']
+           'motion_smoothness', 'flow_stride', 'dynamic_degree', 'deviation', 'bootstrap', 'macro_average']
 
 # %% ../nbs/30_metrics.ipynb
 from collections.abc import Callable, Iterable
@@ -75,17 +74,17 @@ def temporal_flickering(frames # uint8 (F, H, W, 3)
     return float(1 - np.mean([_difference(a, b) for a, b in zip(x, x[1:])]) / 255)
 
 # %% ../nbs/30_metrics.ipynb
-def pad(frames, # (F, H, W, C)
-        multiple:int=16
-       ) -> np.ndarray: # (F, H', W', C)
+def _pad(frames, # (F, H, W, C)
+         multiple:int=16
+        ) -> np.ndarray: # (F, H', W', C)
     "Repeat the edges until both sides are multiples; the smaller half goes left and top."
     extra = [-n % multiple for n in frames.shape[1:3]]
     return np.pad(frames, ((0, 0), *[(e // 2, e - e // 2) for e in extra], (0, 0)), mode="edge")
 
-def unpad(frame, # (H', W', C), padded
-          height:int, width:int # before padding
-         ) -> np.ndarray: # (height, width, C)
-    "Undo `pad`."
+def _unpad(frame, # (H', W', C), padded
+           height:int, width:int # before padding
+          ) -> np.ndarray: # (height, width, C)
+    "Undo `_pad`."
     top, left = [(full - n) // 2 for full, n in zip(frame.shape, (height, width))]
     return frame[top:top + height, left:left + width]
 
@@ -97,11 +96,11 @@ def motion_smoothness(frames, # uint8 (F, H, W, 3), F >= 3
     "One less the mean difference between odd frames and their interpolation (VBench's formula)."
     x = _frames(frames, 3)
     height, width = x.shape[1:3]
-    ready = lambda i: pad(x[i:i + 1], multiple)[0].astype(np.float32) / np.float32(255)
+    ready = lambda i: _pad(x[i:i + 1], multiple)[0].astype(np.float32) / np.float32(255)
     left, apart = ready(0), []
     for i in range(1, len(x) - 1, 2):
         right = ready(i + 1)
-        guess = np.clip(unpad(np.asarray(midpoint(left, right)), height, width), 0, 1)
+        guess = np.clip(_unpad(np.asarray(midpoint(left, right)), height, width), 0, 1)
         apart.append(_difference(x[i], (guess * np.float32(255)).astype(np.uint8)))
         left = right
     return float(1 - np.mean(apart) / 255)
@@ -130,7 +129,7 @@ def dynamic_degree(frames, # uint8 (F, H, W, 3)
     stride = flow_stride(fps)
     kept = _frames(frames)[::stride]
     if len(kept) < 2: raise Undefined(f"it needs 2 frames {stride} apart, the video has {len(frames)}")
-    padded = (pad(frame[None], multiple)[0] for frame in kept)
+    padded = (_pad(frame[None], multiple)[0] for frame in kept)
     return float(np.mean([_top_flow(flow(a, b)) for a, b in _pairs(padded)]))
 
 def _pairs(items:Iterable):

@@ -27,7 +27,7 @@ import ipywidgets as w
 import psutil
 import torch
 
-from .backbone import base_size, blank_transformer, find_sizes, reference_width, sized, vae_stride
+from .backbone import base_size, find_sizes, outline, sized
 from .checkpoint import Adapter, find_adapter, read_adapter
 from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
 from .data import load_case
@@ -76,14 +76,13 @@ def _what_trains(config:TrainConfig): # returns (PIL image, report)
 # %% ../nbs/51_studio.ipynb
 def _estimate(config:TrainConfig, device=None) -> str:
     "The planner's sentence for a training step."
-    folder, device = find_sizes(config.base), pick_device(device)
-    size = base_size(folder)
-    like = blank_transformer(folder, pick_dtype(device, None))
+    device = pick_device(device)
+    size = base_size(find_sizes(config.base))
+    like, stride, width = outline(config.base, pick_dtype(device, None))
     with torch.device("meta"):
-        like.add_adapter(DualRealConfig(rank=size.rank, groups=size.groups,
-                                        condition_dim=reference_width(config.base)))
+        like.add_adapter(DualRealConfig(rank=size.rank, groups=size.groups, condition_dim=width))
     micro = size.training.get("micro_batch", 1)
-    step = StepSize(size.height, size.width, size.frames, micro, vae_stride(folder))
+    step = StepSize(size.height, size.width, size.frames, micro, stride)
     return str(plan(like, step, config.memory or "auto", device))
 
 # %% ../nbs/51_studio.ipynb

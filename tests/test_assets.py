@@ -7,10 +7,11 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import dualreal.toy.truth  # noqa: F401  enters the toy among the worlds
-from dualreal.backbone import find_base, load_reference_encoder, reference_width, tiny_pipeline
+from dualreal.backbone import find_base, load_reference_encoder, outline
 from dualreal.checkpoint import read_adapter
 from dualreal.cli import main
 from dualreal.core import InputError, asset
@@ -18,6 +19,7 @@ from dualreal.encoders import load_encoders
 from dualreal.experiments.benchmark import jobs_of, load_bench
 from dualreal.experiments.jobs import run_jobs
 from dualreal.experiments.results import read_results
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.toy.world import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_image, read_video
 
@@ -104,11 +106,11 @@ def test_a_result_names_what_was_used(other, monkeypatch):
 
 def test_a_reference_encoder_of_its_own(other):
     "The condition comes from `toy-reference`, the scores from `toy-clip`."
-    assert reference_width("toy") == load_reference_encoder("toy").dim != 24
+    assert outline("toy", torch.float32)[2] == load_reference_encoder("toy").dim != 24
     picture = render(HELD_OUT_SUBJECTS["teal_cat"])[0]
     before = load_encoders("toy")["clip_i"].images(picture)
     own_reference(other, 24)
-    assert reference_width("toy") == load_reference_encoder("toy").dim == 24
+    assert outline("toy", torch.float32)[2] == load_reference_encoder("toy").dim == 24
     assert (load_encoders("toy")["clip_i"].images(picture) == before).all()
     write_case("case", images=1, clips=1)
     assert main(["train", *CASE, "--out", "run", "--steps", "1", "--samples", "0"]) == 0

@@ -3,9 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from dualreal import loop
-from dualreal.backbone import tiny_pipeline
 from dualreal.core import InputError
+from dualreal.encode import Encoded
 from dualreal.experiments.baselines import (
     METHODS,
     attention_bias,
@@ -17,6 +16,7 @@ from dualreal.experiments.baselines import (
     videos,
 )
 from dualreal.generate import generate
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.toy.world import write_case
 from dualreal.trainer import TrainConfig
 
@@ -60,16 +60,15 @@ def output(run, seed=0):
                                   "subject_then_motion", "without_mask", "without_stageblender"])
 def test_equal_budgets(home, spec, monkeypatch):
     "Samples counted where they are drawn, not from the log; all methods take what DualReal takes."
-    taken = dict(identity=0, motion=0, prior=0)
-    real = loop.draw_batch
+    drawn, real = [], Encoded.sample
 
-    def counting(run, samples, count):
-        batch = real(run, samples, count)
-        taken[samples] += len(batch)
-        return batch
+    def noted(item, *how):
+        drawn.append(item)
+        return real(item, *how)
 
-    monkeypatch.setattr(loop, "draw_batch", counting)
+    monkeypatch.setattr(Encoded, "sample", noted)
     _, run = trained(home, spec)
+    taken = {k: sum(any(one is item for item in items) for one in drawn) for k, items in run.samples.items()}
     n = turns(config(home))
     expected = dict(identity=2 * n["identity"], motion=3 * n["motion"])
     assert 0 < n["identity"] < 5 and sum(n.values()) == 5

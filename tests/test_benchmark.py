@@ -19,7 +19,6 @@ import pytest
 
 import dualreal.toy.truth  # noqa: F401  enters the toy among the worlds
 from dualreal import encoders
-from dualreal.backbone import tiny_pipeline
 from dualreal.cli import main
 from dualreal.core import InputError, write_json
 from dualreal.data import load_case
@@ -63,6 +62,7 @@ from dualreal.experiments.results import (
 )
 from dualreal.metrics import METRICS
 from dualreal.report import latex, markdown
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.toy.world import HELD_OUT_SUBJECTS, render, write_case
 
 SMALL = ('{"reference_encoder": "none", "rank": 4, "groups": 2, "steps": 2, '

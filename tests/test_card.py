@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from dualreal.backbone import tiny_transformer
 from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import write_json
+from dualreal.toy.bases import tiny_transformer
 from dualreal.tuner import DualRealConfig
 from dualreal.video import write_video
 

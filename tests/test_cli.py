@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dualreal.backbone import base_size, load_base, toy_base_path
+from dualreal.backbone import base_size, find_base, load_base
 from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
@@ -23,9 +23,9 @@ from dualreal.settings import TrainConfig, WatchConfig, as_flags, from_flags
 from dualreal.toy.world import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
 
-TOY = base_size(toy_base_path())
+TOY = base_size(find_base("toy"))
 SHAPE = TOY.frames, TOY.height, TOY.width, 3  # of its videos
-BLOCKS = json.loads((toy_base_path() / "transformer/config.json").read_text())["num_layers"]
+BLOCKS = json.loads((find_base("toy") / "transformer/config.json").read_text())["num_layers"]
 GROUPS = [n for n in range(1, BLOCKS + 1) if BLOCKS % n == 0]  # numbers of groups that it may have
 
 
@@ -497,7 +497,7 @@ def test_generate_refuses_files(trained, tmp_path, capsys):
 
 
 def test_adapter_of_another_base(trained, tmp_path, capsys):
-    from dualreal.backbone import tiny_pipeline
+    from dualreal.toy.bases import tiny_pipeline
     tiny_pipeline(tmp_path / "tiny")
     tiny = ["--base", tmp_path / "tiny"]
     assert "another base" in complaint(capsys, 2, *generate(trained, tmp_path / "a.mp4", *tiny))

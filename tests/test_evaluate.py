@@ -17,7 +17,7 @@ from PIL import Image
 import dualreal.evaluate as module
 import dualreal.store as store
 from dualreal.cli import main
-from dualreal.encoders import ExportedMidpoint, Missing
+from dualreal.encoders import Missing, load_encoders
 from dualreal.evaluate import METRICS, References, Scorer, evaluate, score_frames, status
 from dualreal.metrics import (
     dynamic_degree,
@@ -280,7 +280,7 @@ def test_own_report_among_the_videos(fakes):
 def test_link_in_a_circle(fakes):
     write_video("videos/in/a.mp4", noise())
     Path("videos/in/up").symlink_to("..")
-    assert [v.name for v in module.find_videos("videos")[0]] == ["in/a.mp4"]
+    assert [row["name"] for row in score(fakes)["videos"]] == ["in/a.mp4"]
 
 
 def test_name_that_is_no_text(fakes):
@@ -446,7 +446,7 @@ def test_exported_midpoint(fakes):
     torch.jit.trace(Mean(), pair).save("mean.pt")
     torch.export.save(torch.export.export(Mean(), pair), "mean.pt2")
     for name in ("mean.pt", "mean.pt2"):
-        program = ExportedMidpoint(name)
+        program = load_encoders("toy", midpoint=name)["midpoint"]
         assert motion_smoothness(noise(), program) == motion_smoothness(noise(), fakes["midpoint"])
     with pytest.raises(module.InputError, match="mean.pt2 does not make a picture of two of 40x24"):
         program(*np.random.rand(2, 24, 40, 3).astype(np.float32)) # exported for one size only

@@ -19,14 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dualreal import data
-from dualreal.backbone import load_base, tiny_pipeline
+from dualreal.backbone import load_base
 from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
-from dualreal.encode import encode_case
-from dualreal.resume import checkpoints
+from dualreal.encode import encode_all
+from dualreal.resume import step_folders
 from dualreal.settings import BaseSize, TrainConfig, completed
 from dualreal.store import Store
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.trainer import joint_prompt
 from dualreal.tuner import DualRealConfig
 from dualreal.video import write_video
@@ -281,22 +282,22 @@ def sentence_or(function, *args):
 @given(words)
 @example("a photo of *")
 @example("*")
-def test_any_caption(prompt):
-    word = sentence_or(data.class_word, prompt)
-    assert word is None or (word and word == word.strip() and "*" not in word)
-    assert isinstance(data.motion_words(prompt), str)
-    if word: assert joint_prompt(prompt, prompt)
+def test_any_caption(case, prompt):
+    found = sentence_or(data.load_case, case / "one", case / "wave", prompt, prompt)
+    if found is None: return
+    word = found.class_word
+    assert word and word == word.strip() and "*" not in word
+    assert isinstance(found.motion_words, str) and joint_prompt(found.identity_prompt, found.motion_prompt)
 
 
 @quick
 @given(lines)
 @example(["a\tb", "a"])
 @example(["\t"])
-def test_any_list_of_captions(tmp_path, given_lines):
-    source, files = tmp_path / "prompts.txt", [tmp_path / f"{name}.png" for name in "ab"]
-    source.write_bytes("\n".join(given_lines).encode())
-    found = sentence_or(data.captions, tmp_path, files, "identity")
-    assert found is None or (len(found) == 2 and all(c.strip() for c in found))
+def test_any_list_of_captions(case, given_lines):
+    (case / "one/prompts.txt").write_bytes("\n".join(given_lines).encode())
+    found = sentence_or(data.load_case, case / "one", case / "wave")
+    assert found is None or all(item.prompt.strip() for item in found.identity)
 
 
 @quick
@@ -347,7 +348,8 @@ def test_any_adapter_configuration(values): sentence_or(lambda: DualRealConfig(*
 def encoded(home, folder, cache):
     pipe = load_base(home / "tiny")
     case = data.load_case(folder / "one", folder / "wave")
-    return encode_case(pipe, case, 32, 32, 9, 16, cache=cache, progress=False)
+    config = TrainConfig("", "", "", height=32, width=32, frames=9)
+    return encode_all(pipe, case, config, 16, [], None, Store(cache), "cpu", progress=False)[0]
 
 
 def test_a_change_costs_its_own_entries(home, case):
@@ -440,7 +442,7 @@ def test_full_disk_during_a_checkpoint(home, small_disk, capsys, monkeypatch):
         return step(run)
     monkeypatch.setattr(loop, "train_step", filling)
     assert "step-4" in said_full(capsys, *words)
-    assert [p.name for p in checkpoints(out)] == ["step-2"] and not list(out.rglob(".*"))
+    assert [p.name for p in step_folders(out / "checkpoints")] == ["step-2"] and not list(out.rglob(".*"))
     monkeypatch.undo()
     (small_disk / "ballast").unlink()
     assert main([str(w) for w in (*words, "--resume", "--cache", small_disk / "cache")]) == 0

@@ -25,7 +25,7 @@ from house import (
 )
 
 HEAVY = {"torch", "torchvision", "transformers", "diffusers", "peft", "accelerate", "open_clip", "timm"}
-TOY = {"toy.world", "toy.truth"}
+TOY = {"toy.world", "toy.truth", "toy.bases"}
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: a fresh process each takes minutes")
 
 

@@ -9,7 +9,7 @@ from dualreal import memory
 from dualreal.checkpoint import adapter_tensors, folded, load_adapter, published_state, save_adapter
 from dualreal.core import InputError
 from dualreal.experiments.speed import SCHEDULER
-from dualreal.memory import BlockStream, Plan, StepSize, apply, blocks_of, candidates, set_policies
+from dualreal.memory import Plan, StepSize, apply, set_policies
 from dualreal.objective import denoising_loss
 from dualreal.switch import focus
 
@@ -70,10 +70,10 @@ def test_masks_and_micro_batches(plan, dimension):
 def test_streaming_serves_inference_and_stops():
     transformer = adapted()
     expected = run(transformer, embedding())
-    stream = BlockStream(list(blocks_of(transformer)), "cpu")
-    home = [p.data_ptr() for p in blocks_of(transformer)[1].parameters()]
+    stream = apply(transformer, PLANS["all streamed"])
+    home = [p.data_ptr() for p in transformer.transformer_blocks[1].parameters()]
     for _ in range(3): assert torch.equal(run(transformer, embedding()), expected)
-    assert [p.data_ptr() for p in blocks_of(transformer)[1].parameters()] == home  # given back
+    assert [p.data_ptr() for p in transformer.transformer_blocks[1].parameters()] == home  # given back
     stream.stop()
     for slot in stream.slots:
         for t in slot: t.fill_(float("nan"))
@@ -83,10 +83,10 @@ def test_streaming_serves_inference_and_stops():
 def test_streaming_uses_only_its_slots():
     "A weight left in its home would pass every test of values: so where blocks find theirs is watched."
     transformer = adapted()
-    stream, seen = BlockStream(list(blocks_of(transformer)), "cpu"), []
+    stream, seen = apply(transformer, PLANS["all streamed"]), []
     slots = [{t.data_ptr() for t in slot} for slot in stream.slots]
     found = lambda i: {where[name].data_ptr() for where, name in stream.places[i]}
-    for i, block in enumerate(blocks_of(transformer)):
+    for i, block in enumerate(transformer.transformer_blocks):
         check = lambda *_, i=i: seen.append(found(i) in slots)
         block.norm2.register_forward_pre_hook(check)
     set_policies(transformer, ["nothing"] * LAYERS)
@@ -100,16 +100,9 @@ def test_simulation_counts_what_autograd_keeps():
     shapes = Shapes(width=64, blocks=2, text=6, frames=2, height=8, side=8, rank=4, text_dim=12, reference=10)
     transformer, size = build(shapes), StepSize(64, 64, 5)
     assert inputs(shapes)["latents"][:1].shape == size.latents(transformer)
-    _, slope = memory.lines(transformer, size)
+    slope = memory.needs(transformer, size).slope
     real = kept_per_block(shapes, mask=False)
     assert abs(slope[0] / real - 1) < .1, (slope, real)
-
-
-def test_candidates_get_smaller():
-    transformer = adapted()
-    need = memory.needs(transformer, StepSize(32, 32, 5))
-    sizes = [need.of(c).bytes for c in candidates(LAYERS)]
-    assert sizes[0] == max(sizes) and sizes[-1] < sizes[0]
 
 
 def test_plan_refuses(monkeypatch):

@@ -9,9 +9,7 @@ from dualreal.metrics import (
     flow_stride,
     macro_average,
     motion_smoothness,
-    pad,
     temporal_flickering,
-    unpad,
 )
 
 def clips(count=25):
@@ -36,14 +34,6 @@ def test_any_video_has_a_score_or_a_reason(video, fps):
     if len(video) <= flow_stride(fps) or side[0] * side[1] < 20:
         with pytest.raises(Undefined): dynamic_degree(video, fps, still)
     else: assert dynamic_degree(video, fps, still) == 0
-
-
-@pytest.mark.parametrize("video,fps", list(clips()))
-def test_padding_comes_off(video, fps):
-    padded = pad(video)
-    assert padded.shape[1] % 16 == padded.shape[2] % 16 == 0
-    assert max(np.subtract(padded.shape[1:3], video.shape[1:3])) < 16
-    assert (unpad(padded[0], *video.shape[1:3]) == video[0]).all()
 
 
 @pytest.mark.parametrize("video,fps", list(clips(5)))

@@ -5,12 +5,12 @@ import time
 import numpy as np
 import pytest
 
-from dualreal.backbone import tiny_pipeline
 from dualreal.checkpoint import read_adapter
 from dualreal.cli import main
 from dualreal.experiments.baselines import find_method
 from dualreal.generate import generate, open_pipe
 from dualreal.studio import studio
+from dualreal.toy.bases import tiny_pipeline
 from dualreal.toy.world import write_case
 from dualreal.trainer import TrainConfig, train
 from dualreal.video import read_video

@@ -120,7 +120,7 @@ def test_backends_agree_on_containers_and_colours(tmp_path, name, settings):
     one, other = both(path)
     assert one.shape == (9, 64, 96, 3) and (one == other).all()
     assert video.read_video(path)[1] == pytest.approx(float(settings.get("rate", 8)), rel=1e-3)
-    assert video.count_frames(path) == 9
+    assert video.clip_facts(path).frames == 9
 
 
 @needs_decord
@@ -194,7 +194,7 @@ def test_cut_off_real_clip(tmp_path):
                                         "d.gif": b"", "e.webm": b"\x1a\x45\xdf\xa3"}.items())
 def test_unreadable_clip(tmp_path, name, data, capfd):
     (tmp_path / name).write_bytes(data)
-    for read in (video.read_video, video.count_frames):
+    for read in (video.read_video, video.clip_facts):
         with pytest.raises(InputError, match=name): read(tmp_path / name)
     assert not any(capfd.readouterr())
 
@@ -214,7 +214,7 @@ def test_cut_off_gif(tmp_path):
 def test_sound_is_no_video_and_outlasts_it(tmp_path):
     path = encode(tmp_path / "long.mkv", pattern(), sound=5.)
     assert video.read_video(path)[0].shape == (9, 64, 96, 3)
-    assert video.count_frames(path) == 9
+    assert video.clip_facts(path).frames == 9
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
         hush = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -229,10 +229,10 @@ def test_wrong_paths(tmp_path):
     (tmp_path / "empty").mkdir()
     wrong = {"a.txt": "is not a video", "none.mp4": "does not exist", "empty": "holds no frames"}
     for name, says in wrong.items():
-        for read in (video.read_video, video.count_frames):
-            if (read, name) == (video.count_frames, "empty"): continue
+        for read in (video.read_video, video.clip_facts):
+            if (read, name) == (video.clip_facts, "empty"): continue
             with pytest.raises(InputError, match=f"{name} {says}"): read(tmp_path / name)
-    assert video.count_frames(tmp_path / "empty") == 0
+    assert video.clip_facts(tmp_path / "empty").frames == 0
 
 
 # Folders of frames and GIFs
@@ -243,7 +243,7 @@ def test_folder_of_frames(tmp_path):
     (tmp_path / "._f0.png").write_bytes(b"what macOS leaves behind")
     (tmp_path / "notes.txt").write_text("no frame")
     read, fps = video.read_video(tmp_path)
-    assert (read == frames).all() and fps == 8 and video.count_frames(tmp_path) == 11
+    assert (read == frames).all() and fps == 8 and video.clip_facts(tmp_path).frames == 11
     Image.new("RGB", (11, 8)).save(tmp_path / "f10.png")
     assert len(video.read_video(tmp_path, 10)[0]) == 10
     with pytest.raises(InputError, match=r"f10\.png is 11x8, f0\.png is 10x8"): video.read_video(tmp_path)
@@ -255,7 +255,7 @@ def test_gif_keeps_resting_frames(tmp_path):
     frames = pattern(3, 16, 16)[[0, 0, 0, 1, 2, 2]]
     path = video.write_video(tmp_path / "a.gif", frames, fps=10)
     read, fps = video.read_video(path)
-    assert len(read) == 6 and fps == 10 and video.count_frames(path) == 6
+    assert len(read) == 6 and fps == 10 and video.clip_facts(path).frames == 6
     assert (read[0] == read[2]).all() and (read[2] != read[3]).any()
     assert len(video.read_video(path, 2)[0]) == 2
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from dualreal.backbone import tiny_pipeline, wide_pipeline
 from dualreal.core import pick_device, write_json
 from dualreal.experiments.speed import record_gpu
+from dualreal.toy.bases import tiny_pipeline, wide_pipeline
 
 CASE = dict(subject="dog", motion="playingGuitar")
 METHODS = "dualreal", "lora", "isolated", "without_stageblender"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 
+from ..backbone import sized
 from ..checkpoint import adapter_tensors
 from ..core import InputError
 from ..data import load_case
@@ -27,7 +28,6 @@ from ..memory import place
 from ..settings import TrainConfig
 from ..switch import TrainingSwitch
 from ..trainer import prepare, set_up
-from ..tuner import DualRealConfig
 from ..video import read_video
 
 # %% ../../nbs/40_baselines.ipynb
@@ -51,8 +51,8 @@ def videos(run:Run, prompts:list, seeds:list, batch:int=5,
     given = dict(steps=steps, guidance=guidance, frames=frames)
     size |= {k: v for k, v in given.items() if v is not None}
     run.pipe.vae.to(run.accelerator.device)
-    made = generate_all(run.pipe, prompts, seeds, run.given.texts, run.case.reference, batch=batch,
-                        progress=False, **size)
+    made = generate_all(run.pipe, prompts, seeds, run.given.texts, sized(run.pipe, **size),
+                        run.case.reference, batch=batch, progress=False)
     weights = [one.weights for one in made]
     mean = None if weights[0] is None else torch.stack(weights).mean(0)
     return np.stack([one.frames for one in made]), mean
@@ -147,14 +147,11 @@ class Apart(Method):
 
     def add_side(self, run, dimension) -> Course:
         "Fresh bottlenecks for one side, alone active: the other ones are silent."
-        c, e, transformer = run.config, run.case.reference, run.pipe.transformer
-        other = dict(identity="motion", motion="identity")[dimension]
-        config = DualRealConfig(rank=c.rank, groups=c.groups, scale=c.scale, controller=c.controller,
-                                condition_dim=None if e is None else e.shape[-1], **{other: False})
-        transformer.add_adapter(config, dimension)
+        transformer, other = run.pipe.transformer, dict(identity="motion", motion="identity")[dimension]
+        transformer.add_adapter(replace(run.given.adapter, **{other: False}), dimension)
         transformer.set_adapter(dimension)
         for p in adapter_tensors(transformer, dimension).values(): p.data = p.data.float()
-        return dual_course(transformer, c)
+        return dual_course(transformer, run.config)
 
     def merge(self, run, names):
         "Both adapters at their strengths."

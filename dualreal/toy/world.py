@@ -4,18 +4,17 @@
 
 # %% auto 0
 __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESSORIES', 'MOTIONS', 'HELD_OUT_MOTIONS',
-           'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'rgb', 'Subject', 'layers', 'Motion', 'plate', 'Truth', 'find_motion',
-           'render', 'flow', 'caption', 'random_subject', 'random_caption', 'random_clip', 'many', 'write_case',
+           'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'VERBS', 'rgb', 'Subject', 'layers', 'Motion', 'plate', 'Truth',
+           'find_motion', 'render', 'flow', 'caption', 'random_subject', 'random_caption', 'random_clip', 'near',
+           'wide_subject', 'unlike', 'wandering', 'names', 'wide_picture', 'wide_clip', 'wide_caption', 'write_case',
            'identity_pictures']
 
 # %% ../../nbs/15_toyworld.ipynb
+import colorsys
 import json
-import multiprocessing
-import os
-import pickle
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -489,25 +488,121 @@ def random_clip(rng, # numpy Generator
     return clip, random_caption(rng, truth), truth
 
 # %% ../../nbs/15_toyworld.ipynb
-def many(draw:Callable, # numpy Generator -> anything that can be pickled
-         count:int, seed:int|tuple=0,
-         processes:int=None # None: one for each core
-        ) -> list: # of `count`
-    "`draw` so many times, in processes of their own where the system can fork; `InputError` if one dies."
-    processes = min(processes or os.cpu_count(), count) if hasattr(os, "fork") else 1
-    rng = lambda i: np.random.default_rng([*np.atleast_1d(seed), i])
-    part = lambda k: [draw(rng(i)) for i in range(k, count, processes)]
-    if processes < 2: return part(0) if count else []
-    with tempfile.TemporaryDirectory() as folder:
-        file, fork = lambda k: Path(folder, str(k)), multiprocessing.get_context("fork")
-        def work(k): file(k).write_bytes(pickle.dumps(part(k), protocol=5))
-        workers = [fork.Process(target=work, args=(k,)) for k in range(processes)]
-        for w in workers: w.start()
-        for w in workers: w.join()
-        if any(w.exitcode for w in workers):
-            raise InputError("many: a process that draws died; what it said is above")
-        parts = [pickle.loads(file(k).read_bytes()) for k in range(processes)]
-    return [parts[i % processes][i // processes] for i in range(count)]
+def _any_colour(rng):
+    "Any colour that is not too grey and not too dark, RGB 0..255."
+    hsv = rng.random(), rng.uniform(.25, 1), rng.uniform(.3, 1)
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(*hsv))
+
+def near(a:Subject, b:Subject) -> bool:
+    "Might one be taken for the other? The same kind in nearly the same colour, or in a similar one with the same pattern."
+    off = np.abs(rgb(a.colour) - rgb(b.colour)).max()
+    return a.kind == b.kind and bool(off < 40 or off < 80 and a.pattern == b.pattern)
+
+def wide_subject(rng # numpy Generator
+                ) -> Subject:
+    "Half in a palette colour, half in any; mostly with a pattern and something worn; none near a held-out subject."
+    one = lambda table: str(rng.choice(list(table)))
+    while True:
+        colour = one(PALETTE) if rng.random() < .5 else _any_colour(rng)
+        second = one([*PALETTE, *NEUTRAL]) if rng.random() < .4 else _any_colour(rng)
+        pattern = "plain" if rng.random() < .25 else one([*PATTERNS][1:])
+        worn = "none" if rng.random() < .3 else one([*ACCESSORIES][1:])
+        subject = Subject(one(KINDS), colour, second, pattern, one(FACES), worn)
+        if not any(near(subject, held) for held in HELD_OUT_SUBJECTS.values()): return subject
+
+# %% ../../nbs/15_toyworld.ipynb
+_SHAPES = np.sin, lambda a: 1 - 2 * np.abs(np.sin(a / 2)), lambda a: 2 / np.pi * np.arcsin(np.sin(a))
+
+def _line(rng, chance, high):
+    "Of `t` and phase: a drift and a wave, bounce or zigzag, up to `high` from 0; or, without luck, 0."
+    if rng.random() > chance: return lambda t, p: 0 * t
+    shape, pace, start = _SHAPES[rng.integers(3)], rng.choice([.5, 1, 1.5, 2]), rng.uniform(0, _TAU)
+    drift, size = rng.uniform(-1, 1) * (rng.random() < .5), rng.choice([-1, 1]) * rng.uniform(.4, 1)
+    raw = lambda t, p: drift * (2 * t - 1) + size * shape(_TAU * pace * t + start + p)
+    scale = high * rng.uniform(.7, 1) / np.abs(raw(np.linspace(0, 1, 33), 0)).max()
+    return lambda t, p: scale * raw(t, p)
+
+def _smooth_path(rng):
+    luck = (.8, 1.1), (.8, 1.), (.35, 1.), (.3, .7)
+    x, y, growth, tilt = (_line(rng, chance, high) for chance, high in luck)
+    turn = rng.choice([-1, -.5, .5, 1]) * _TAU * (rng.random() < .25)
+    return _path(lambda t, p: (x(t, p), y(t, p), growth(t, p), tilt(t, p) + turn * t))
+
+# %% ../../nbs/15_toyworld.ipynb
+def _centred(path, phase=0.): # (4, 9): x, y, growth and half the angle, means 0
+    track = np.stack(path(np.linspace(0, 1, 9, dtype=np.float32), phase)) * [[1], [1], [1], [.5]]
+    return track - track.mean(1, keepdims=True)
+
+def _size(tracks): return np.linalg.norm(tracks, axis=(-2, -1))
+
+@cache
+def _phases(path): # (5, 4, 9): as `_centred`, at several phases
+    return np.stack([_centred(path, p) for p in np.linspace(-.35, .35, 5)])
+
+def unlike(path:Callable, other:Callable) -> float: # 0: the same path; 1: as far off as standing still
+    "How far a path is from another one, at its best phase."
+    return float((_size(_centred(path) - _phases(other)) / _size(_phases(other))).min())
+
+def wandering(rng # numpy Generator
+             ) -> Motion: # without a phrase
+    "A random smooth path that moves, and is none of the held-out ones."
+    while True:
+        path = _smooth_path(rng)
+        moves = np.sqrt((_centred(path)**2).sum(0).mean()) > .35
+        if moves and min(unlike(path, held.path) for held in HELD_OUT_MOTIONS.values()) > .6: return Motion("", path)
+
+# %% ../../nbs/15_toyworld.ipynb
+VERBS = """advancing arcing approaching bobbing bowing bustling cantering cartwheeling charging chasing
+climbing coasting coiling crawling creeping cruising curving dancing darting dashing descending dipping
+diving dodging drifting ducking escaping fleeing flinching flipping floating flowing fluttering flying
+galloping gliding heaving hobbling hovering hurrying jerking jittering jogging jolting jumping landing
+launching leaping limping looping lunging lurching marching meandering nodding pacing patrolling
+plunging pouncing prancing quivering racing rambling reeling retreating rippling roaming rolling rushing
+sailing scuttling shuffling sidling sinking skating skidding skipping sliding slinking slipping snaking
+sneaking soaring staggering stomping strolling strutting stumbling surfing swaying swerving swooping
+teetering tilting toppling trotting twirling twisting undulating vaulting veering waddling wandering
+wavering weaving wheeling whirling winding wobbling wriggling""".split()
+
+def _syllables(rng): return "".join(str(rng.choice(list(letters))) for letters in ("bdfgklmnprstvz", "aeiou") * 2)
+
+@cache
+def names(count:int=200) -> tuple: # of str
+    "Names of two syllables, each once, in a fixed order."
+    rng, found = np.random.default_rng(5), {}
+    while len(found) < count: found[_syllables(rng)] = None
+    return tuple(found)
+
+# %% ../../nbs/15_toyworld.ipynb
+def wide_picture(rng, side:int, # pixels
+                 subject:Subject=None, # None: drawn, too
+                 turned:bool=None # by any angle; None: in a third of the pictures
+                ) -> tuple: # uint8 (1, side, side, 3), truth
+    "A picture of the wide prior: near the middle, anywhere, or turned by any angle, a third each."
+    pick = rng.integers(3) if turned is None else 2 * turned
+    pose = rng.uniform(-1, 1, 4) * (1.2, 1.2, .8, np.pi if pick == 2 else .9) * (pick > 0)
+    motion, jitter = Motion("", _path(lambda t, p: pose)), 1. if pick else 1.5
+    return render(subject or wide_subject(rng), motion, str(rng.choice(list(BACKGROUNDS))), 1, side, side, rng, rng.uniform(.27, .36), jitter)
+
+def wide_clip(rng, side:int, # pixels
+              frames:int=9
+             ) -> tuple: # uint8 (frames, side, side, 3), truth
+    "A clip of the wide prior: a named motion, or a path of its own; `truth.motion` is a name or a `Motion` without a phrase."
+    subject, place = wide_subject(rng), str(rng.choice(list(BACKGROUNDS)))
+    motion = str(rng.choice(list(MOTIONS))) if rng.random() < .5 else wandering(rng)
+    return render(subject, motion, place, frames, side, side, rng, rng.uniform(.27, .36))
+
+# %% ../../nbs/15_toyworld.ipynb
+def wide_caption(rng, truth:Truth) -> str:
+    "One of the captions that fit: colour said in 70%, kind in 85%, place in 70%; a name in a quarter, any verb for a path without a name."
+    heard = lambda chance: bool(rng.random() < chance)
+    colour = f"{truth.subject.colour} " if isinstance(truth.subject.colour, str) and heard(.7) else ""
+    noun = truth.subject.kind if heard(.85) else "creature"
+    if heard(.25): noun += f" {rng.choice(names())}"
+    picture, known = len(truth.x) == 1, isinstance(truth.motion, str)
+    phrase = find_motion(truth.motion).phrase if known else str(rng.choice(VERBS)) if heard(.7) else "moving"
+    verb = "" if picture or heard(.05) else f" is {phrase}"
+    text = _article(colour + noun) + verb + (f" {BACKGROUNDS[truth.background][0]}" if heard(.7) else "")
+    return text.split(" ", 1)[1] if picture and heard(.4) else text # a picture's caption may lack its article
 
 # %% ../../nbs/15_toyworld.ipynb
 def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, and a `prompts.txt` in both
