@@ -56,9 +56,9 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     with accelerator.main_process_first(): # the others find it in the cache
         encoded, texts = encode_all(pipe, case, config, size.max_tokens, prompts, encoder, cache,
                                     accelerator.device, progress and accelerator.is_main_process)
-    words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word)
+    words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
+                 prompts=prompts)
     files = {k: [str(item.path) for item in getattr(case, k)] for k in ("identity", "motion")}
-    words |= dict(prompts=prompts)
     return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter)
 
 # %% ../nbs/27_trainer.ipynb

@@ -267,7 +267,8 @@ class DualRealModel(BaseTuner):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base, sites, layer = self.model.config, sites_of(self.model), target
-        if not isinstance(layer, _DualRealLayer): layer = _wrap(self.model, sites, target, current_key, parent)
+        if not isinstance(layer, _DualRealLayer):
+            layer = _wrap(self.model, sites, target, current_key, parent)
         setattr(parent, target_name, layer)
         blocks = len(getattr(self.model, sites.blocks))
         last = base.time_embed_dim if isinstance(layer, _Conductor) else blocks

@@ -1,20 +1,27 @@
-"""Run recipes without Jupyter: `python tools/recipes.py 01 02`.
+"""Run recipes without Jupyter.
 
-Under `torchrun --nproc-per-node 2`, too. Each notebook's code cells run in order in nbs/recipes, as a script;
-that needs only what the package needs: no Jupyter, no nbdev.
+    python tools/recipes.py            # all that make the toy's weights: VAE, transformer, CLIP, DINO
+    python tools/recipes.py 02 03      # some of them, by how their names begin
+
+Each notebook's code cells run in order in nbs/recipes, as a script; that needs only what the package needs: no
+Jupyter, no nbdev. Without a GPU two processes of one thread each share a recipe: they bear a busy machine better
+than one process with two threads. Stopped, a recipe goes on where it was.
 """
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
 RECIPES = Path(__file__).resolve().parent.parent/"nbs/recipes"
+WEIGHTS = "01", "02", "03", "04"
 
 
 def run(notebook: Path):
     "Execute the code cells of `notebook` in a namespace of their own."
+    import matplotlib
+    matplotlib.use("Agg")
+    os.chdir(RECIPES)
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     names = {"__name__": "__main__"}
     for i, cell in enumerate(cells):
@@ -22,18 +29,26 @@ def run(notebook: Path):
             exec(compile("".join(cell["source"]), f"{notebook.name}, cell {i}", "exec"), names)
 
 
+def start(notebook: Path):
+    "Run `notebook` in a process of its own, or in two where only cores are there."
+    import torch
+    cores = 1 if torch.cuda.is_available() else min(2, os.cpu_count())
+    threads = {} if torch.cuda.is_available() else dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cores}"]
+    subprocess.run([*(command if cores > 1 else [sys.executable]), __file__, "--here", notebook],
+                   env=os.environ | threads, check=True)
+
+
 def main(asked):
+    here, asked = asked[:1] == ["--here"], [a for a in asked if a != "--here"]
+    if here: return run(Path(asked[0]))
     every = sorted(RECIPES.glob("[0-9]*.ipynb"))
     missing = [a for a in asked if not any(p.name.startswith(a) for p in every)]
-    known = ", ".join(p.name for p in every)
-    if not asked: sys.exit(f"name recipes by how they begin, 01 to 04 make the toy base anew: {known}")
-    if missing: sys.exit(f"no recipe begins with {missing[0]!r}: there are {known}")
-    matplotlib.use("Agg")
-    os.chdir(RECIPES)
+    if missing: sys.exit(f"no recipe begins with {missing[0]!r}: there are {', '.join(p.name for p in every)}")
     for notebook in every:
-        if any(notebook.name.startswith(a) for a in asked):
+        if notebook.name.startswith(tuple(asked or WEIGHTS)):
             print(f"== {notebook.name}", flush=True)
-            run(notebook)
+            start(notebook)
 
 
 if __name__ == "__main__": main(sys.argv[1:])
