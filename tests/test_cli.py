@@ -554,8 +554,8 @@ def test_check_json(case, capsys):
 
 @pytest.mark.parametrize("more,says", [
     (("--frames", "3"), "frames 3: give at least 5"), (("--frames", "0"), "positive"),
-    (("--height", "65"), "height 65: this base needs a multiple of 16"),
-    (("--height", "128", "--width", "128"), "this base draws 64x64 only")])
+    (("--height", "65"), "height 65: this base needs a multiple of"),
+    (("--height", "128", "--width", "128"), f"this base draws {TOY.height}x{TOY.width} only")])
 def test_check_refuses_what_train_refuses(case, tmp_path, capsys, more, says):
     where = ["--identity", case / "identity", "--motion", case / "motion"]
     assert says in complaint(capsys, 2, "check", *where, *more)
