@@ -82,7 +82,8 @@ def asset(name:str) -> Path: # "toy-base", "toy-clip" or "toy-dino"
     if not other: return Path(str(resources.files("dualreal")))/"assets"/name
     folder = Path(other).expanduser().resolve()/name
     if folder.is_dir(): return folder
-    raise InputError(f"DUALREAL_ASSETS={other}: there is no folder {name} in it; it needs toy-base, toy-clip and toy-dino")
+    raise InputError(f"DUALREAL_ASSETS={other}: there is no folder {name} in it; it needs toy-base, toy-clip "
+                     "and toy-dino")
 
 # %% ../nbs/00_core.ipynb
 def pick_device(name:str=None): # e.g. "cpu", "cuda:1", "mps"; None: the first CUDA device, else the CPU

@@ -391,7 +391,8 @@ def _known(motion): return find_motion(motion) if isinstance(motion, str) else m
 def render(subject:Subject,
            motion:str|Motion="still", # a name, or a `Motion`
            background:str|np.ndarray="grass", # a name, or a plate (H, W, 3)
-           frames:int=9, height:int=None, width:int=None, # pixels; None: the plate's, else as the toy base draws
+           frames:int=9,
+           height:int=None, width:int=None, # pixels; None: the plate's, else as the toy base draws
            seed:int|np.random.Generator=0, # decides all jitter
            size:float=.3, # pixels per local unit, as a part of the smaller side
            jitter:float=1. # 0: no variation at all; 1: as in pretraining
