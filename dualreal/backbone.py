@@ -223,7 +223,7 @@ class ReferenceEncoder:
 
 # %% ../nbs/20_backbone.ipynb
 def toy_reference() -> Path:
-    "The folder of the toy's reference encoder: `toy-reference` where there is one, else the CLIP that scores."
+    "The folder of the toy's reference encoder: `toy-reference` where there is one, else `toy-clip`."
     clip = asset("toy-clip")
     own = clip.with_name("toy-reference")
     return own if own.is_dir() else clip

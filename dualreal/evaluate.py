@@ -253,7 +253,7 @@ class World:
     motions: tuple  # likewise
     check: Callable # (subject, motion): `InputError` unless the truth of both is known
     truth: Callable # (frames uint8 (F, H, W, 3), subject, motion) -> "identity", "motion", more, each 0..1
-    draw: Callable  # (folder, subject, motion, images, clips, height=, width=): writes `identity/` and `motion/`
+    draw: Callable  # (folder, subject, motion, images, clips, height=, width=) writes `identity/`, `motion/`
     reader: str     # who reads the truth, for the report
     frames: int     # `truth` takes no more
     side: int       # pixels, likewise
