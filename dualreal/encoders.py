@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .backbone import asset
-from .core import InputError
+from .core import InputError, asset
 from .metrics import clean_prompt
 
 # %% ../nbs/31_encoders.ipynb

@@ -253,7 +253,7 @@ class World:
     motions: tuple  # likewise
     check: Callable # (subject, motion): `InputError` unless the truth of both is known
     truth: Callable # (frames uint8 (F, H, W, 3), subject, motion) -> "identity", "motion", more, each 0..1
-    draw: Callable  # (folder, subject, motion, images, clips): write `identity/` and `motion/` of a case
+    draw: Callable  # (folder, subject, motion, images, clips, height=, width=) writes `identity/`, `motion/`
     reader: str     # who reads the truth, for the report
     frames: int     # `truth` takes no more
     side: int       # pixels, likewise
@@ -420,7 +420,7 @@ def _read_prompts(source, # a file; None
     return {v.name: line.strip() for v, (_, line) in zip(videos, said)}, []
 
 # %% ../nbs/32_evaluate.ipynb
-_VERSION = 1 # of the arithmetic: a change here makes every kept result worthless
+_VERSION = 2 # of the arithmetic: a change here makes every kept result worthless
 
 def _behind(network) -> tuple: # for `fingerprint`
     "What decides a network's numbers: name, weights, kind of device."

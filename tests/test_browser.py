@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 
+from dualreal.backbone import base_size, find_base
 from dualreal.toy.world import write_case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,7 +259,7 @@ def train(page, steps, previews):
     film.wait_for()
     film.scroll_into_view_if_needed()  # a film out of sight does not start
     page.wait_for_function("document.querySelector('video').currentTime > 0")
-    assert page.evaluate("document.querySelector('video').videoWidth") == 64
+    assert page.evaluate("document.querySelector('video').videoWidth") == base_size(find_base("toy")).width
 
 
 def turn_the_dial(page):

@@ -15,13 +15,19 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dualreal.backbone import base_size, load_base
+from dualreal.backbone import base_size, find_base, load_base
 from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
 from dualreal.settings import TrainConfig, WatchConfig, as_flags, from_flags
 from dualreal.toy.world import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
+
+TOY = base_size(find_base("toy"))
+SHAPE = TOY.frames, TOY.height, TOY.width, 3  # of its videos
+BLOCKS = json.loads((find_base("toy") / "transformer/config.json").read_text())["num_layers"]
+GROUPS = [n for n in range(1, BLOCKS + 1) if BLOCKS % n == 0]  # numbers of groups that it may have
+
 
 @pytest.fixture(scope="module", autouse=True)
 def few_denoising_steps():
@@ -69,7 +75,7 @@ def complaint(capsys, status, *argv):
     return err[0]
 
 
-def one_frame(case): write_video(case / "motion/videos/00.mp4", np.zeros((1, 64, 64, 3), np.uint8))
+def one_frame(case): write_video(case / "motion/videos/00.mp4", np.zeros((1, *SHAPE[1:]), np.uint8))
 def no_image(case): shutil.rmtree(case / "identity/images"), (case / "identity/images").mkdir()
 def no_clip(case): shutil.rmtree(case / "motion/videos"), (case / "motion/videos").mkdir()
 def bad_image(case): (case / "identity/images/01.png").write_bytes(b"not a picture")
@@ -77,7 +83,7 @@ def bad_image(case): (case / "identity/images/01.png").write_bytes(b"not a pictu
 
 def cut_clip(case):
     clip = case / "motion/videos/01.mp4"
-    write_video(clip, np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8))
+    write_video(clip, np.random.default_rng(0).integers(0, 255, SHAPE, np.uint8))
     clip.write_bytes(clip.read_bytes()[:clip.stat().st_size // 3])
 
 
@@ -88,7 +94,8 @@ def long_prompt(case): (case / "motion/prompts.txt").write_text("a creature is "
 
 @pytest.mark.parametrize("spoil, names", [
     (no_image, "identity"), (no_clip, "motion"), (bad_image, "01.png"), (cut_clip, "01.mp4"),
-    (one_frame, "00.mp4"), (captions, "prompts.txt"), (no_class, "class word"), (long_prompt, "64"),
+    (one_frame, "00.mp4"), (captions, "prompts.txt"), (no_class, "class word"),
+    (long_prompt, f"{TOY.max_tokens}"),
 ])
 def test_bad_case(case, tmp_path, capsys, spoil, names):
     spoil(case)
@@ -97,7 +104,7 @@ def test_bad_case(case, tmp_path, capsys, spoil, names):
 
 
 @pytest.mark.parametrize("more, names", [
-    (["--groups", "4"], "[1, 2, 3, 6]"), (["--base", "nobody/nothing"], "nobody/nothing"),
+    (["--groups", f"{BLOCKS - 1}"], f"{GROUPS}"), (["--base", "nobody/nothing"], "nobody/nothing"),
     (["--device", "cuda:77"], "cuda:77"), (["--motion-ratio", "2"], "motion_ratio"),
     (["--steps", "0"], "steps 0"), (["--reference-encoder", "no/where"], "no/where"),
     (["--precision", "int3"], "int3"), (["--lr", "-1"], "lr -1"),
@@ -312,9 +319,9 @@ def test_size_of_training_is_the_size_of_videos(home, tmp_path):
     "Also frames that the VAE cannot return: 13 are trained on, 9 are made."
     run = tmp_path / "run"
     assert main(train(home / "case", run, "--frames", "13")) == 0
-    assert read_video(run / "samples/00.mp4")[0].shape == (9, 64, 64, 3)
+    assert read_video(run / "samples/00.mp4")[0].shape == SHAPE
     assert main(generate(run, tmp_path / "new/folder/ä 猫.gif")) == 0
-    assert read_video(tmp_path / "new/folder/ä 猫.gif")[0].shape == (9, 64, 64, 3)
+    assert read_video(tmp_path / "new/folder/ä 猫.gif")[0].shape == SHAPE
 
 
 def test_padded_slower_scored(home, tmp_path):
@@ -328,7 +335,7 @@ def test_padded_slower_scored(home, tmp_path):
 
 @pytest.mark.parametrize("more", [
     ["--no-mask", "--no-controller"], ["--motion-ratio", "0", "--reference-encoder", "none"],
-    ["--motion-ratio", "1", "--groups", "6", "--precision", "bfloat16", "--gradient-checkpointing"],
+    ["--motion-ratio", "1", "--groups", f"{BLOCKS}", "--precision", "bfloat16", "--gradient-checkpointing"],
 ])
 def test_variants(home, tmp_path, more):
     run = tmp_path / "run"
@@ -434,9 +441,9 @@ def test_train_warns_of_captions(home, tmp_path, capsys):
 def test_generate(trained, tmp_path, suffix):
     out = tmp_path / f"video{suffix}"
     assert main(generate(trained, out)) == 0
-    assert read_video(out)[0].shape == (9, 64, 64, 3)
+    assert read_video(out)[0].shape == SHAPE
     record = json.loads((tmp_path / f"video{suffix}.json").read_text())
-    assert np.shape(record["identity_weight"]) == (2, 3) and record["seed"] == 42
+    assert np.shape(record["identity_weight"]) == (2, TOY.groups) and record["seed"] == 42
 
 
 def test_generate_with_reference_and_dial(trained, home, tmp_path):
@@ -547,8 +554,8 @@ def test_check_json(case, capsys):
 
 @pytest.mark.parametrize("more,says", [
     (("--frames", "3"), "frames 3: give at least 5"), (("--frames", "0"), "positive"),
-    (("--height", "65"), "height 65: this base needs a multiple of 16"),
-    (("--height", "128", "--width", "128"), "this base draws 64x64 only")])
+    (("--height", "65"), "height 65: this base needs a multiple of"),
+    (("--height", "128", "--width", "128"), f"this base draws {TOY.height}x{TOY.width} only")])
 def test_check_refuses_what_train_refuses(case, tmp_path, capsys, more, says):
     where = ["--identity", case / "identity", "--motion", case / "motion"]
     assert says in complaint(capsys, 2, "check", *where, *more)
@@ -602,7 +609,7 @@ def test_other_pictures_are_another_run(trained, case, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "run.json").unlink()
-    Image.new("RGB", (64, 64), "teal").save(case / "identity/images/01.png")
+    Image.new("RGB", (TOY.width, TOY.height), "teal").save(case / "identity/images/01.png")
     assert "other images" in complaint(capsys, 2, *train(case, run, "--resume", "--save-every", 2))
 
 

@@ -17,8 +17,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from .. import metrics, store
-from ..backbone import asset, base_size, find_base
-from ..core import InputError
+from ..backbone import base_size, find_base, toy_reference
+from ..core import InputError, asset
 from ..data import identity_files, motion_files
 from ..settings import MAY_DIFFER, PUBLISHED, BaseSize
 
@@ -193,14 +193,18 @@ def _of_base(bench, method, lr): # sizes, and what it asks of a training
     asked = {k: v for k, v in size.training.items() if k not in unused}
     return {k: getattr(size, k) for k in _OF_SIZE} | dict(training=_unusual(asked))
 
+def _toy_networks(): # the reference encoder is one of its own, or the CLIP
+    return dict.fromkeys([asset("toy-clip"), asset("toy-dino"), toy_reference()])
+
 def _settings(job):
     b, method = job.bench, find_method(job.method)
-    toy = ("toy-clip", "toy-dino") if "toy" in (b.base, b.scorer) else ()
+    sizes = _of_base(b, method, job.lr)
+    toy = _toy_networks() if "toy" in (b.base, b.scorer, sizes["reference_encoder"]) else ()
     data = b.data and [fingerprint(find_part(b.data, job.case[k])) for k in ("subject", "motion")]
     return _unusual({k: getattr(b, k) for k in _OF_BENCH} | dict(
         version=VERSION, lr=job.lr, seed=job.seed, case={k: job.case[k] for k in ("subject", "motion")},
-        prompts=job.templates, method=_unusual(method.described()), sizes=_of_base(b, method, job.lr),
-        base=fingerprint(find_base(b.base)), data=data, networks=[fingerprint(asset(n)) for n in toy]))
+        prompts=job.templates, method=_unusual(method.described()), sizes=sizes,
+        base=fingerprint(find_base(b.base)), data=data, networks=[fingerprint(p) for p in toy]))
 
 # %% ../../nbs/41_benchmark.ipynb
 @dataclass(frozen=True)

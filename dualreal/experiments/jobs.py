@@ -27,6 +27,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from .. import metrics
+from ..backbone import base_size, find_sizes
 from ..core import InputError, environment, pick_device, pick_dtype, write_json
 from ..data import first_frame, joint_prompt, load_case
 from ..evaluate import WORLDS, References, encoder_names, known_world, score_frames
@@ -110,7 +111,8 @@ def case_folders(job:Job, home:Path) -> tuple: # (identity, motion) folders; hom
     world = known_world(b.scorer if b.scorer in WORLDS else None)
     if subject not in world.subjects:
         raise InputError(f"{b.name}: pictures and clips are yours: give their folder with --data")
-    world.draw(home, subject, motion, b.images, b.clips)
+    size = base_size(find_sizes(b.base))
+    world.draw(home, subject, motion, b.images, b.clips, height=size.height, width=size.width)
     return home/"identity", home/"motion"
 
 # %% ../../nbs/43_jobs.ipynb

@@ -266,7 +266,8 @@ def _apart(views, drawn): # (..., _SIDE, _SIDE, 4) and one template -> (...)
 
 # %% ../../nbs/33_toytruth.ipynb
 @lru_cache(maxsize=512)
-def _shot(subject): return read(render(subject, "still", "room", 1, jitter=0)[0])
+def _shot(subject, height, width): # pixels
+    return read(render(subject, "still", "room", 1, height, width, jitter=0)[0])
 
 _AROUND = [-1, 0, 1], [-1, 0, 1], [.86, .93, 1], [-.17, -.08, 0, .08, .17] # pixels, pixels, factor, radians
 _NEAR = np.stack(np.meshgrid(*_AROUND), -1).reshape(-1, 4)
@@ -278,21 +279,23 @@ def _distances(r:Reading, subject:Subject) -> tuple[float, float]: # of the pale
     angle = turns[_apart(_crops(r.pixels, *where, turns), drawn).argmin(1)]
     x, y, radius = where; dx, dy, grow, turn = _NEAR.T
     fine = _apart(_crops(r.pixels, x + dx, y + dy, radius * grow, angle[:, None] + turn), drawn).min(1)
-    mine = _cloud(_shot(subject).upright[0])
+    mine = _cloud(_shot(subject, *r.mask.shape[1:]).upright[0])
     palette = [np.abs(_cloud(v) - mine).mean() for v in r.upright]
     return float(np.mean(palette)), float(fine.mean())
 
 # %% ../../nbs/33_toytruth.ipynb
 @lru_cache
-def _floors(): # mean distances between different held-out subjects
+def _floors(height, width): # pixels
+    "Mean distances between different held-out subjects, drawn at that size."
     all_ = list(HELD_OUT_SUBJECTS.values())
-    return tuple(np.mean([_distances(_shot(a), b) for a in all_ for b in all_ if a != b], 0))
+    return tuple(np.mean([_distances(_shot(a, height, width), b) for a in all_ for b in all_ if a != b], 0))
 
 def identity_scores(r:Reading, subject:Subject) -> dict: # palette, pattern, kind, identity: 0 to 1
     "How much of a subject is there."
     seen = name_kind(r)
     if seen == "none": return dict.fromkeys(("palette", "pattern", "kind", "identity"), 0.) # nobody is there
-    palette, pattern = [max(0., 1 - float(d / f)) for d, f in zip(_distances(r, subject), _floors())]
+    floors = _floors(*r.mask.shape[1:])
+    palette, pattern = [max(0., 1 - float(d / f)) for d, f in zip(_distances(r, subject), floors)]
     kind = float(seen == subject.kind)
     return dict(palette=palette, pattern=pattern, kind=kind, identity=(palette + pattern + kind) / 3)
 

@@ -11,6 +11,7 @@ __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESS
 
 # %% ../../nbs/15_toyworld.ipynb
 import colorsys
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import InputError, atomic_path
+from ..core import InputError, asset, atomic_path
 from ..video import write_video
 
 # %% ../../nbs/15_toyworld.ipynb
@@ -291,14 +292,30 @@ BACKGROUNDS = dict(
     room=("in a room", ((226, 206, 190), (214, 190, 172), (158, 118, 92), (130, 94, 72))))
 
 # %% ../../nbs/15_toyworld.ipynb
+def _sides(height, width, # pixels, or None
+           background=None # a plate (H, W, 3)
+          ) -> tuple: # height, width
+    "What is None is the plate's; without one, the toy base's own."
+    if None not in (height, width): return height, width
+    own = _toy_sides() if background is None else np.shape(background)
+    return tuple(mine if given is None else given for given, mine in zip((height, width), own))
+
+def _toy_sides():
+    note = asset("toy-base") / "dualreal.json"
+    try: told = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e: raise InputError(f"{note}: cannot be read ({type(e).__name__})") from e
+    if {"height", "width"} <= told.keys(): return told["height"], told["width"]
+    raise InputError(f"{note}: lacks the height and width of the toy base's videos")
+
+# %% ../../nbs/15_toyworld.ipynb
 def plate(background:str, # a key of `BACKGROUNDS`
-          height:int=64, width:int=64, # pixels
+          height:int=None, width:int=None, # pixels; None: as the toy base draws
           rng=None # numpy Generator for small variations of horizon and light; None: the plain one
          ) -> np.ndarray: # float32 (H, W, 3), 0..255
     "The empty stage."
     horizon, light = (.62, 1.) if rng is None else (rng.uniform(.5, .74), rng.uniform(.92, 1.05))
     stage = _one_of(BACKGROUNDS, background, "background")[1]
-    return np.clip(_stage(height, width, *stage, horizon) * light, 0, 255)
+    return np.clip(_stage(*_sides(height, width), *stage, horizon) * light, 0, 255)
 
 # %% ../../nbs/15_toyworld.ipynb
 @dataclass
@@ -374,7 +391,8 @@ def _known(motion): return find_motion(motion) if isinstance(motion, str) else m
 def render(subject:Subject,
            motion:str|Motion="still", # a name, or a `Motion`
            background:str|np.ndarray="grass", # a name, or a plate (H, W, 3)
-           frames:int=9, height:int=64, width:int=64,
+           frames:int=9,
+           height:int=None, width:int=None, # pixels; None: the plate's, else as the toy base draws
            seed:int|np.random.Generator=0, # decides all jitter
            size:float=.3, # pixels per local unit, as a part of the smaller side
            jitter:float=1. # 0: no variation at all; 1: as in pretraining
@@ -382,9 +400,11 @@ def render(subject:Subject,
     "Draw `subject` doing `motion` before `background`."
     if not isinstance(subject, Subject):
         raise InputError(f"render draws a `Subject`, not {subject!r}; HELD_OUT_SUBJECTS has some by name")
+    named = isinstance(background, str)
+    height, width = _sides(height, width, None if named else background)
     if min(frames, height, width) < 1:
         raise InputError(f"{frames} frames of {height}x{width}: give at least 1 of each")
-    rng, named = np.random.default_rng(seed), isinstance(background, str)
+    rng = np.random.default_rng(seed)
     x, y, scale, angle = _tracks(motion, frames, height, width, rng, jitter)
     radius = size * (1 + jitter * rng.uniform(-.1, .1)) * min(height, width)
     stage = plate(background, height, width, rng if jitter else None) if named else np.float32(background)
@@ -459,7 +479,7 @@ def random_caption(rng, truth:Truth, # with colour, kind and place each left out
 
 def random_clip(rng, # numpy Generator
                 picture:float=.15, # chance of a picture: one frame
-                height:int=64, width:int=64, frames:int=9
+                height:int=None, width:int=None, frames:int=9 # as for `render`
                ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
     "A captioned clip, or a captioned picture, for pretraining."
     motion, place = str(rng.choice(list(MOTIONS))), str(rng.choice(list(BACKGROUNDS)))
@@ -593,7 +613,8 @@ def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, an
                subject:str|Subject="teal_cat", # a key of `HELD_OUT_SUBJECTS`, or a subject
                motion:str="swinging", # a motion's name
                images:int=8, clips:int=24, seed:int=0,
-               height:int=64, width:int=64, frames:int=9, fps:int=8
+               height:int=None, width:int=None, # pixels; None: as the toy base draws
+               frames:int=9, fps:int=8
               ) -> Path: # the folder
     "Write a customization case as folders of ordinary files."
     folder, rng = Path(folder), np.random.default_rng(seed)
@@ -609,7 +630,7 @@ def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, an
     return folder
 
 # %% ../../nbs/15_toyworld.ipynb
-def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=64
+def identity_pictures(subject:Subject, count:int, rng, height:int=None, width:int=None # as for `render`
                      ) -> tuple: # pictures, places
     "Pictures of one subject, uint8 (H, W, 3), each in another place, size and tilt; and the places' names."
     order = [str(p) for p in rng.permutation(list(BACKGROUNDS))]
@@ -617,7 +638,7 @@ def identity_pictures(subject:Subject, count:int, rng, height:int=64, width:int=
     shot = lambda place: render(subject, "still", place, 1, height, width, rng, rng.uniform(.27, .34), 2.)
     return [shot(place)[0][0] for place in places], places
 
-def _motion_clips(motion:str, count:int, rng, frames:int=9, height:int=64, width:int=64,
+def _motion_clips(motion:str, count:int, rng, frames:int, height:int, width:int,
                   unnamed:str="" # a kind that captions call "creature": it must not be taught the motion
                  ) -> tuple: # clips, captions
     "Clips of one motion, uint8 (F, H, W, 3), each by another random subject; and their captions."
