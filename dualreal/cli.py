@@ -398,7 +398,11 @@ def _run_bench(args):
     bench, methods = b.load_bench(args.bench, **numbers, **given), _split(args.methods)
     how = dict(workers=args.workers, ray=args.ray)
     if args.action == "collect": return print(f"{results.collect(bench, out)} results collected")
-    if args.action == "search": return print(json.dumps(jobs.search_lr(bench, out, methods, **how), indent=1))
+    if args.action == "search":
+        found = jobs.search(bench, out, args.tries, methods, **how) if args.tries \
+            else jobs.search_lr(bench, out, methods, **how)
+        return print(json.dumps(found, indent=1))
+    if args.tries: raise InputError(f"--tries is for bench search, not for {args.action}")
     if args.lrs: raise InputError(f"--lrs is for bench search; for {args.action} give --methods NAME:lr=X")
     cases = _split(args.cases)
     if lost := b.absent(bench, cases): print(b.absent_note(bench, lost), file=sys.stderr)

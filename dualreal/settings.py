@@ -294,6 +294,8 @@ class BenchConfig:
     data: str | None = option(None, "folder of the published benchmark's pictures and clips",
                               unset="the benchmark's")
     lrs: str | None = option(None, "learning rates to search, with commas", unset="the benchmark's")
+    tries: int | None = option(None, "search all knobs of each method, in so many tries", "tries",
+                               "rates only", least=1)
     workers: int = option(1, "processes", least=1)
     ray: str | None = option(None, "address of a Ray cluster, or local", unset="no Ray")
     jobs: str | None = option(None, "a list that a run with several workers wrote for them", unset="none")

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['VERSION', 'Bench', 'data_folder', 'results_folder', 'read_table', 'load_bench', 'find_part', 'completeness', 'absent',
-           'absent_note', 'fingerprint', 'Job', 'rates_file', 'searched', 'foreign', 'rate_notes', 'jobs_of',
+           'absent_note', 'fingerprint', 'Job', 'rates_file', 'searched', 'foreign', 'rate_notes', 'draws', 'jobs_of',
            'paper_bench', 'differs']
 
 # %% ../../nbs/41_benchmark.ipynb
@@ -12,9 +12,11 @@ import csv
 import json
 import math
 import os
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from .. import metrics, store
 from ..backbone import base_size, find_base, toy_reference
@@ -36,6 +38,7 @@ class Bench:
     tables: dict                      # name -> methods
     objective: tuple                  # columns whose mean the search maximises
     lrs: tuple = ()                   # learning rates searched
+    knobs: dict = field(default_factory=dict) # method -> setting -> {"from", "to"} or a list: what a search draws
     base: str = "toy"
     scorer: str = "toy"               # a world that knows the truth, "published" or "pixels"
     seeds: tuple = (0, 1)
@@ -92,7 +95,8 @@ def load_bench(name:str="toy", # "toy", "published", or a JSON file
 def _stored(path):
     try: stored = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e: raise InputError(f"{path}: is no benchmark in JSON ({e})") from e
-    missing = [f.name for f in fields(Bench) if f.default is MISSING and f.name not in stored]
+    needed = [f.name for f in fields(Bench) if f.default is f.default_factory is MISSING]
+    missing = [name for name in needed if name not in stored]
     if missing: raise InputError(f"{path}: lacks {', '.join(missing)}; see data/benchmark/toy.json")
     return stored
 
@@ -116,6 +120,15 @@ def _wrong(b) -> str|None:
         if (v := getattr(b, key)) is not None and not count(v, 1): return f"{key} {v}: give 1 or more"
     if not all(_rate(lr) for lr in b.lrs): return "lrs: give positive numbers"
     if b.data is not None and not Path(b.data).is_dir(): return f"data: {b.data} is not a folder"
+    if not isinstance(b.knobs, dict): return "knobs: give the settings to draw, for each method"
+    for method, knobs in b.knobs.items():
+        if not isinstance(knobs, dict) or not knobs or not all(map(_knob, knobs.values())):
+            return f"knobs of {method}: give a list, or {{from, to}} with 0 < from < to, for each setting"
+
+def _knob(values): # a list to draw from, or a range
+    if isinstance(values, list): return bool(values)
+    if not isinstance(values, dict) or values.keys() != {"from", "to"}: return False
+    return all(map(_rate, values.values())) and values["from"] < values["to"]
 
 # %% ../../nbs/41_benchmark.ipynb
 def find_part(root, name:str) -> Path:
@@ -286,6 +299,20 @@ def rate_notes(bench:Bench, out, jobs:list) -> list: # of sentences
         what = " and ".join(word for k, word in _OTHER.items() if any(k in other for other in told.values()))
         said.append(f"the learning rate of {', '.join(told)} was searched with {what}")
     return [f"{text}; see `dualreal bench search`" for text in said]
+
+# %% ../../nbs/41_benchmark.ipynb
+def draws(bench:Bench, method:str, count:int) -> list: # of specs, see `find_method`
+    "The settings that a search tries; the first ones are the same for every `count`."
+    if method not in bench.knobs: raise InputError(f"{bench.name}: knobs name no {method!r}, so nothing can be drawn")
+    rng = np.random.default_rng([*method.encode()])
+    def one(values):
+        if isinstance(values, list): return values[rng.integers(len(values))]
+        low, high = math.log(values["from"]), math.log(values["to"])
+        return float(f"{math.exp(rng.uniform(low, high)):.2g}")
+    drawn = [{k: one(values) for k, values in bench.knobs[method].items()} for _ in range(count)]
+    specs = [":".join([method, *(f"{k}={json.dumps(v)}" for k, v in some.items())]) for some in drawn]
+    for spec in specs: find_method(spec) # `InputError` for what cannot be set
+    return specs
 
 # %% ../../nbs/41_benchmark.ipynb
 def jobs_of(bench:Bench, out, methods=None, # specs or tables

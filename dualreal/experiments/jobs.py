@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['networks_of', 'Metrics', 'scorer_of', 'case_folders', 'compute', 'Journal', 'claim', 'run_job', 'journal_of_parent',
-           'run_together', 'run_jobs', 'write_jobs', 'read_jobs', 'search_lr', 'recorded']
+           'run_together', 'run_jobs', 'write_jobs', 'read_jobs', 'search_lr', 'search', 'recorded']
 
 # %% ../../nbs/43_jobs.ipynb
 import json
@@ -38,7 +38,7 @@ from ..store import Store, cache_folder, fingerprint
 # %% ../../nbs/43_jobs.ipynb
 from . import benchmark, results
 from .baselines import find_method, seen
-from .benchmark import Bench, Job, jobs_of
+from .benchmark import Bench, Job, draws, jobs_of
 from .results import read_results
 
 # %% ../../nbs/43_jobs.ipynb
@@ -405,15 +405,17 @@ def _beyond(grid, best):
     return float(f"{best * (grid[0] / grid[1] if best == grid[0] else grid[-1] / grid[-2]):.1g}")
 
 # %% ../../nbs/43_jobs.ipynb
-def _tried(bench, out, grids, **how):
-    jobs = [Job(bench, spec, case, seed, lr) for spec, grid in grids.items() for lr in grid
-            for seed in bench.seeds for case in bench.search]
+def _all_done(bench, jobs, out, **how):
     ended = run_jobs(jobs, out, **how)
-    failed = ended["failed"]
-    if failed: raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
+    if failed := ended["failed"]: raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
     if count := ended["claimed"]:
         raise InputError(f"{bench.name}: another process is at {count} jobs of this search; "
                          "wait until they are done, then search again")
+
+def _tried(bench, out, grids, **how):
+    jobs = [Job(bench, spec, case, seed, lr) for spec, grid in grids.items() for lr in grid
+            for seed in bench.seeds for case in bench.search]
+    _all_done(bench, jobs, out, **how)
     known = read_results(jobs, out)
     return {spec: _scored(bench, [(j, r) for j, r in zip(jobs, known) if j.method == spec]) for spec in grids}
 
@@ -453,6 +455,32 @@ def _best(spec, old, new):
     held = {float(lr): m for lr, m in tried.items() if m is not None}
     if not held: raise RuntimeError(f"{spec}: all of {', '.join(tried)} diverged: try smaller --lrs")
     return dict(new, tried=tried, lr=max(sorted(held), key=held.get))
+
+# %% ../../nbs/43_jobs.ipynb
+def search(bench:Bench, out, tries:int, methods=None, **how) -> dict: # method -> rows, the best first
+    "Try settings on the search cases; what was tried stands in `search.json`. `how`: of `run_jobs`."
+    if tries < 1: raise InputError(f"tries {tries}: give 1 or more")
+    for key in ("search", "objective", "knobs"):
+        if not getattr(bench, key): raise InputError(f"{bench.name}: {key} is empty: nothing to search on")
+    specs = {name: draws(bench, name, tries) for name in methods or bench.knobs}
+    asked = {spec: [Job(bench, spec, case, seed) for seed in bench.seeds for case in bench.search]
+             for spec in sum(specs.values(), [])}
+    _all_done(bench, sum(asked.values(), []), out, **how)
+    table = {name: sorted((_row(bench, spec, read_results(asked[spec], out)) for spec in dict.fromkeys(some)),
+                          key=lambda row: -(row["score"] or 0)) for name, some in specs.items()}
+    path = Path(out)/bench.name/"search.json"
+    with results.lock_of(bench, out, f"{bench.name}-search", shared=True):
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, kept | table)
+    return table
+
+def _row(bench, spec, records): # score: None if one diverged
+    rows = [row for r in records for row in r["rows"]]
+    means = {k: float(np.mean([row[k] for row in rows])) for k in bench.objective if rows}
+    whole = means and all(r["rows"] for r in records)
+    known = {k: records[0]["settings"].get(k) for k in ("steps", "videos", "base", "networks")}
+    return dict(known, spec=spec, score=float(np.mean([*means.values()])) if whole else None, **means,
+                cases=list(bench.search), seeds=list(bench.seeds))
 
 # %% ../../nbs/43_jobs.ipynb
 def recorded(bench:Bench, table:str, run=False, workers=1, out=None) -> list: # of `read_results`
