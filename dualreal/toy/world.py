@@ -5,9 +5,8 @@
 # %% auto 0
 __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESSORIES', 'MOTIONS', 'HELD_OUT_MOTIONS',
            'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'VERBS', 'rgb', 'Subject', 'layers', 'Motion', 'plate', 'Truth',
-           'find_motion', 'render', 'flow', 'caption', 'random_subject', 'random_caption', 'random_clip', 'near',
-           'wide_subject', 'unlike', 'wandering', 'names', 'wide_picture', 'wide_clip', 'wide_caption', 'write_case',
-           'identity_pictures']
+           'find_motion', 'render', 'flow', 'caption', 'near', 'wide_subject', 'unlike', 'wandering', 'names',
+           'wide_picture', 'wide_clip', 'wide_caption', 'random_subject', 'write_case', 'identity_pictures']
 
 # %% ../../nbs/15_toyworld.ipynb
 import colorsys
@@ -455,40 +454,6 @@ HELD_OUT_SUBJECTS = dict(
     olive_robot=Subject("robot", "olive", "lavender", "diagonal", "wide", "hat"))
 
 # %% ../../nbs/15_toyworld.ipynb
-def random_subject(rng, # numpy Generator
-                   fancy:float=.4 # chance of a pattern, and of an accessory
-                  ) -> Subject:
-    "A subject that pretraining may see: first colour from the palette, second from palette and neutrals."
-    one = lambda names: str(rng.choice(list(names)))
-    colour = one(PALETTE)
-    second = one(c for c in [*PALETTE, *NEUTRAL] if c != colour)
-    pattern, accessory = (one(t) if rng.random() < fancy else next(iter(t)) for t in (PATTERNS, ACCESSORIES))
-    return Subject(one(KINDS), colour, second, pattern, one(FACES), accessory)
-
-def random_caption(rng, truth:Truth, # with colour, kind and place each left out now and then
-                   called:str=None # the subject's own name
-                  ) -> str:
-    "One of the captions that fit what `truth` shows."
-    heard = lambda chance: bool(rng.random() < chance)
-    motion = truth.motion if len(truth.x) > 1 else None
-    name = None if heard(.8) else "creature"
-    if called: name = f"{name or truth.subject.kind} {called}"
-    place = truth.background if heard(.7) and truth.background in BACKGROUNDS else None
-    text = caption(truth.subject, motion, place, heard(.7), name)
-    return text if motion or heard(.6) else text.split(" ", 1)[1] # a picture's caption may lack its article
-
-def random_clip(rng, # numpy Generator
-                picture:float=.15, # chance of a picture: one frame
-                height:int=None, width:int=None, frames:int=9 # as for `render`
-               ) -> tuple: # frames uint8 (F, H, W, 3), caption, truth
-    "A captioned clip, or a captioned picture, for pretraining."
-    motion, place = str(rng.choice(list(MOTIONS))), str(rng.choice(list(BACKGROUNDS)))
-    if rng.random() < picture: motion, frames = "still", 1
-    size = rng.uniform(.25, .34)
-    clip, truth = render(random_subject(rng), motion, place, frames, height, width, rng, size)
-    return clip, random_caption(rng, truth), truth
-
-# %% ../../nbs/15_toyworld.ipynb
 def _any_colour(rng):
     "Any colour that is not too grey and not too dark, RGB 0..255."
     hsv = rng.random(), rng.uniform(.25, 1), rng.uniform(.3, 1)
@@ -607,6 +572,17 @@ def wide_caption(rng, truth:Truth) -> str:
     verb = "" if picture or heard(.05) else f" is {phrase}"
     text = _article(colour + noun) + verb + (f" {BACKGROUNDS[truth.background][0]}" if heard(.7) else "")
     return text.split(" ", 1)[1] if picture and heard(.4) else text # a picture's caption may lack its article
+
+# %% ../../nbs/15_toyworld.ipynb
+def random_subject(rng, # numpy Generator
+                   fancy:float=.4 # chance of a pattern, and of an accessory
+                  ) -> Subject:
+    "Anybody in a palette colour; the second colour is of the palette or neutral."
+    one = lambda names: str(rng.choice(list(names)))
+    colour = one(PALETTE)
+    second = one(c for c in [*PALETTE, *NEUTRAL] if c != colour)
+    pattern, accessory = (one(t) if rng.random() < fancy else next(iter(t)) for t in (PATTERNS, ACCESSORIES))
+    return Subject(one(KINDS), colour, second, pattern, one(FACES), accessory)
 
 # %% ../../nbs/15_toyworld.ipynb
 def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, and a `prompts.txt` in both
