@@ -153,7 +153,7 @@ class Adapter:
 
     @property
     def training(self) -> dict:
-        "Settings of the training, as far as they are known; without a coupling it was the published one."
+        "Settings of the training, as far as they are known; without a coupling it counts as mutual."
         return {"coupling": "mutual"} | self.info.get("training", {})
 
     @property

@@ -241,7 +241,9 @@ def check_out(out, resume:bool) -> Path|None: # the adapter file of a finished r
     if holds and not resume:
         raise InputError(f"{out} holds a run: continue it with --resume (resume=True) or give another --out")
     check_writable(out, "give another --out folder")
-    return next(iter(adapters), out/FILE) if resume and (out/"run.json").exists() else None
+    if not resume or not (out/"run.json").exists(): return None
+    if not adapters: raise InputError(f"{out}: this run is finished, but its {FILE} is gone; give another --out")
+    return adapters[0]
 
 def check_same(config:TrainConfig):
     "`InputError` if checkpoints are continued with settings other than those they were made with."

@@ -3,9 +3,10 @@
     python tools/recipes.py            # all that make the toy's weights: VAE, transformer, CLIP, DINO
     python tools/recipes.py 02 03      # some of them, by how their names begin
 
-Each notebook's code cells run in order in nbs/recipes, as a script; that needs only what the package needs:
-no Jupyter, no nbdev. Without a GPU two processes of one thread each share a recipe: they bear a busy machine
-better than one process with two threads. Stopped, a recipe goes on where it was.
+Each notebook's code cells run in order in nbs/recipes, as a script, up to "What was recorded": the rest only
+shows. That needs what the package needs: no Jupyter, no nbdev. Without a GPU two processes of one thread each
+share a recipe that trains: they bear a busy machine better than one process with two threads. Stopped, a recipe
+goes on where it was.
 """
 import json
 import os
@@ -18,22 +19,24 @@ WEIGHTS = "01", "02", "03", "04"
 
 
 def run(notebook: Path):
-    "Execute the code cells of `notebook` in a namespace of their own."
+    "Execute the code cells of `notebook`, up to what only shows, in a namespace of their own."
     import matplotlib
     matplotlib.use("Agg")
     os.chdir(RECIPES)
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     names = {"__name__": "__main__"}
     for i, cell in enumerate(cells):
+        if "".join(cell["source"]).startswith("## What was recorded"): break
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), f"{notebook.name}, cell {i}", "exec"), names)
 
 
 def start(notebook: Path):
-    "Run `notebook` in a process of its own, or in two where only cores are there."
+    "Run `notebook` in a process of its own, or in two if it trains on cores."
     import torch
-    cores = 1 if torch.cuda.is_available() else min(2, os.cpu_count())
-    threads = {} if torch.cuda.is_available() else dict(OMP_NUM_THREADS="1")
+    alone = torch.cuda.is_available() or not notebook.name.startswith(WEIGHTS)
+    cores = 1 if alone else min(2, os.cpu_count())
+    threads = {} if alone else dict(OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cores}"]
     subprocess.run([*(command if cores > 1 else [sys.executable]), __file__, "--here", notebook],
                    env=os.environ | threads, check=True)

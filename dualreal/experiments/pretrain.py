@@ -8,6 +8,7 @@ __all__ = ['join', 'rank', 'processes', 'wait', 'many', 'pool', 'save', 'Progres
 
 # %% ../../nbs/45_pretrain.ipynb
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,8 @@ from ..core import InputError, atomic_path, environment
 # %% ../../nbs/45_pretrain.ipynb
 def join():
     "Join the processes that `torchrun` started, if it did."
-    if "RANK" in os.environ and not dist.is_initialized(): dist.init_process_group("gloo")
+    if "RANK" in os.environ and not dist.is_initialized(): \
+        dist.init_process_group("gloo", timeout=timedelta(hours=12)) # one may draw while the others wait
 
 def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0
 
@@ -101,7 +104,7 @@ class Progress:
 def cosine(at:Progress, warm:int=100 # steps
           ) -> float:
     "A factor for the rate: warm-up, then half a cosine down to a two-hundredth."
-    return min(1, (at.step + 1 - at.first) / warm) * max(.5 * (1 + np.cos(np.pi * at.done)), .005)
+    return min(1, (at.step + 1 - at.first) / warm) * max(.5 * (1 + math.cos(math.pi * at.done)), .005)
 
 def constant_then_fall(at:Progress, fall:float, # minutes at the end
                        warm:int=150 # steps
@@ -128,7 +131,8 @@ def _begin(path, start, model, optimizers, minutes):
     file = path if path.exists() else start
     if file is None: return at, mean
     state = torch.load(file, next(iter(params.values())).device, weights_only=True)
-    model.load_state_dict(state["model"], strict=file == path)
+    _check_names(file, params, state["model"])
+    model.load_state_dict(state["model"], strict=False) # tables that are no parameters may stay as they are
     for k, v in (state.get("ema") or state["model"]).items():
         if k in mean: mean[k].copy_(v)
     if file != path: return Progress(state["step"], state["step"], 0., minutes), mean
@@ -139,14 +143,24 @@ def _keep(path, at, model, mean, optimizers):
     states = dict(model=model.state_dict(), ema=mean, opt=[o.state_dict() for o in optimizers])
     save(path, dict(states, step=at.step, at=asdict(at), environment=environment()))
 
+def _check_names(file, ours, theirs):
+    lost = [k for k in ours if k not in theirs]
+    if lost: raise InputError(f"{file}: lacks {len(lost)} of {len(ours)} parameters of this model, as {lost[0]}")
+
+def _trim(log, step):
+    "Keep whole rows up to `step`: of a run that was killed, later ones may be there, or half a one."
+    rows = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    whole = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= step]
+    with atomic_path(log) as tmp: tmp.write_text("".join(whole), encoding="utf-8")
+
 def _note(path, at, told, rate):
     means = {k: round(torch.stack(v).mean().item(), 4) for k, v in told.items()}
     row = dict(step=at.step, minutes=round(at.spent / 60, 2), **means, rate=round(rate, 3))
     with open(path.with_suffix(".jsonl"), "a", encoding="utf-8") as log: log.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/45_pretrain.ipynb
-def pretrain(path:str|Path, # the checkpoint; means of the losses go into the `.jsonl` beside it
-             model:nn.Module, optimizers:list,
+def pretrain(path:str|Path, # the checkpoint; mean losses of the first process go into the `.jsonl` beside it
+             model:nn.Module, optimizers:list, # that have the rates at their highest
              loss_of:Callable, # (`Progress`, torch Generator) -> loss, a dict of tensors to note
              rate:Callable, # `Progress` -> a factor for the rates of the optimizers
              minutes:float, seed:int=0,
@@ -158,6 +172,7 @@ def pretrain(path:str|Path, # the checkpoint; means of the losses go into the `.
     "Train `model` for `minutes`, or go on where `path` stopped."
     path, params = Path(path), [p for p in model.parameters() if p.requires_grad]
     at, mean = _begin(path, start, model, optimizers, minutes)
+    if rank() == 0: _trim(path.with_suffix(".jsonl"), at.step if path.exists() else -1)
     device, told = params[0].device, defaultdict(list)
     fresh = seed + 1_000_003 * at.step + rank()
     g = torch.Generator(device).manual_seed(fresh); torch.manual_seed(fresh)
