@@ -297,7 +297,9 @@ def test_any_caption(case, prompt):
 def test_any_list_of_captions(case, given_lines):
     (case / "one/prompts.txt").write_bytes("\n".join(given_lines).encode())
     found = sentence_or(data.load_case, case / "one", case / "wave")
-    assert found is None or all(item.prompt.strip() for item in found.identity)
+    if found is None: return
+    assert len(found.identity) == len(data.identity_files(case / "one")[0])
+    assert all(item.prompt.strip() for item in found.identity)
 
 
 @quick

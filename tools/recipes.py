@@ -5,8 +5,8 @@
 
 Each notebook's code cells run in order in nbs/recipes, as a script, up to "What was recorded": the rest only
 shows. That needs what the package needs: no Jupyter, no nbdev. Without a GPU two processes of one thread each
-share a recipe that trains: they bear a busy machine better than one process with two threads. Stopped, a recipe
-goes on where it was.
+share a recipe that trains: they bear a busy machine better than one process with two threads. Stopped, a
+recipe goes on where it was.
 """
 import json
 import os
