@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from test_trainer import home, same, settings, stop_at  # noqa: F401  home is a fixture
 from tiny import CONFIGS, adapted, attach, embedding, full, inputs, random_weights, run, stock
@@ -29,14 +30,7 @@ every_coupling = pytest.mark.parametrize("coupling", COUPLINGS)
 
 
 def gradients(transformer, acting=BOTH, between=None):
-    "Output and gradients by parameter name; the backward pass comes after the block has ended."
-    with reference(transformer, embedding(), acting): out = transformer(**inputs()).sample
-    if between: between()
-    transformer.zero_grad()
-    (out - 1).square().mean().backward()
-    grads = {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
-    transformer.zero_grad()
-    return out.detach(), grads
+    return tiny.gradients(transformer, embedding(), between, acting)
 
 
 def pairs(transformer):

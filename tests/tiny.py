@@ -89,9 +89,9 @@ def run(transformer, e=None, **changes):
     with torch.no_grad(), reference(transformer, e): return transformer(**arguments).sample
 
 
-def gradients(transformer, e=None, between=None):
+def gradients(transformer, e=None, between=None, acting=("identity", "motion")):
     "Output and gradients by parameter name; the backward pass comes after the reference has ended."
-    with reference(transformer, e): out = transformer(**inputs(transformer.dtype)).sample
+    with reference(transformer, e, acting): out = transformer(**inputs(transformer.dtype)).sample
     if between: between()
     transformer.zero_grad()
     (out - 1).square().mean().backward()
