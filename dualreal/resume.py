@@ -242,7 +242,8 @@ def check_out(out, resume:bool) -> Path|None: # the adapter file of a finished r
         raise InputError(f"{out} holds a run: continue it with --resume (resume=True) or give another --out")
     check_writable(out, "give another --out folder")
     if not resume or not (out/"run.json").exists(): return None
-    if not adapters: raise InputError(f"{out}: this run is finished, but its {FILE} is gone; give another --out")
+    if not adapters:
+        raise InputError(f"{out}: this run is finished, but its {FILE} is gone; give another --out")
     return adapters[0]
 
 def check_same(config:TrainConfig):

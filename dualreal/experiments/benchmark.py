@@ -38,7 +38,7 @@ class Bench:
     tables: dict                      # name -> methods
     objective: tuple                  # columns whose mean the search maximises
     lrs: tuple = ()                   # learning rates searched
-    knobs: dict = field(default_factory=dict) # method -> setting -> {"from", "to"} or a list: what a search draws
+    knobs: dict = field(default_factory=dict) # method -> setting -> {"from", "to"} or a list
     base: str = "toy"
     scorer: str = "toy"               # a world that knows the truth, "published" or "pixels"
     seeds: tuple = (0, 1)
@@ -303,7 +303,8 @@ def rate_notes(bench:Bench, out, jobs:list) -> list: # of sentences
 # %% ../../nbs/41_benchmark.ipynb
 def draws(bench:Bench, method:str, count:int) -> list: # of specs, see `find_method`
     "The settings that a search tries; the first ones are the same for every `count`."
-    if method not in bench.knobs: raise InputError(f"{bench.name}: knobs name no {method!r}, so nothing can be drawn")
+    if method not in bench.knobs:
+        raise InputError(f"{bench.name}: knobs name no {method!r}, so nothing can be drawn")
     rng = np.random.default_rng([*method.encode()])
     def one(values):
         if isinstance(values, list): return values[rng.integers(len(values))]

@@ -407,7 +407,8 @@ def _beyond(grid, best):
 # %% ../../nbs/43_jobs.ipynb
 def _all_done(bench, jobs, out, **how):
     ended = run_jobs(jobs, out, **how)
-    if failed := ended["failed"]: raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
+    if failed := ended["failed"]:
+        raise RuntimeError(f"{len(failed)} jobs failed: {next(iter(failed.items()))}")
     if count := ended["claimed"]:
         raise InputError(f"{bench.name}: another process is at {count} jobs of this search; "
                          "wait until they are done, then search again")
