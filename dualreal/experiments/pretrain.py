@@ -145,7 +145,7 @@ def _keep(path, at, model, mean, optimizers):
 
 def _check_names(file, ours, theirs):
     lost = [k for k in ours if k not in theirs]
-    if lost: raise InputError(f"{file}: lacks {len(lost)} of {len(ours)} parameters of this model: {lost[0]} …")
+    if lost: raise InputError(f"{file}: lacks {len(lost)} of {len(ours)} parameters, as {lost[0]}")
 
 def _trim(log, step):
     "Keep whole rows up to `step`: of a run that was killed, later ones may be there, or half a one."
