@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .bottleneck import BottleneckPair
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, few
 from .stageblender import FixedBlend, StageBlender
 from .tuner import AttentionSite, DualRealConfig, Site, conductor_of
 
@@ -109,12 +109,12 @@ def _expected_shapes(transformer, config:DualRealConfig) -> dict:
 
 # %% ../nbs/21_checkpoint.ipynb
 def _check_tensors(transformer, config, tensors, source):
-    "`InputError` naming every tensor that is missing, left over or of another shape."
+    "`InputError` naming tensors that are missing, left over or of another shape."
     ours = _expected_shapes(transformer, config)
     theirs = {k: tuple(t.shape) for k, t in tensors.items() if k != _SCALE}
     wrong = {"missing": ours.keys() - theirs.keys(), "not of this adapter": theirs.keys() - ours.keys(),
              "of another shape": {k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k]}}
-    said = "; ".join(f"{why}: {', '.join(sorted(names))}" for why, names in wrong.items() if names)
+    said = "; ".join(f"{why}: {few(sorted(names))}" for why, names in wrong.items() if names)
     if said: raise InputError(f"{source}: tensors and configuration do not match: {said}")
 
 def _check_base(transformer, adapter):
@@ -204,16 +204,28 @@ def find_adapter(source) -> Path:
     return found[0]
 
 # %% ../nbs/21_checkpoint.ipynb
-_WRAPPED = re.compile(r"^(module\.|_orig_mod\.|transformer\.)+") # what DDP and torch.compile put before names
+_WRAPPED = re.compile(r"^((module|_orig_mod|transformer|diffusion_model|base_model\.model)\.)+") # put before names by DDP, PEFT …
+_PAIR = re.compile(r"^transformer_blocks\.(\d+)\.(attn1|ff)\.(?:dualreal\.)?dualreal_bottleneck\.(identity|motion)"
+                   r"\.(down|up|condition)\.(weight|bias)$")
+_CONTROLLER = re.compile(r"^patch_embed\.(?:dualreal\.)?dualreal_controller\.")
+
+def _published_name(name):
+    "The published name of a tensor that others have wrapped, or that PEFT names its way."
+    name = _WRAPPED.sub("", name)
+    if not (m := _PAIR.match(name)): return _CONTROLLER.sub("controller.", name)
+    block, where, dimension, linear, kind = m.groups()
+    side, place = dict(identity="id", motion="motion")[dimension], dict(attn1="attn", ff="ff")[where]
+    return f"transformer_blocks.{block}.{side}_{place}_adapter.{linear}_linear.{kind}"
 
 def read_adapter(source) -> Adapter: # a path, or a dictionary of tensors
     "The content of an adapter's file."
     if isinstance(source, Adapter): return source
     where = "the dictionary" if isinstance(source, dict) else find_adapter(source)
     tensors, info = (dict(source), {}) if isinstance(source, dict) else _read_file(where)
+    if isinstance(tensors.get("state_dict"), dict): tensors = tensors["state_dict"] # as trainers pack it
     strange = next((k for k, v in tensors.items() if not isinstance(v, torch.Tensor)), None)
     if strange is not None: raise InputError(f"{where}: not an adapter: {strange!r} is no tensor")
-    tensors = {_WRAPPED.sub("", k): v for k, v in tensors.items()}
+    tensors = {_published_name(k): v for k, v in tensors.items()}
     return Adapter(tensors, info, tensors.pop(_REFERENCE, None), where)
 
 def _read_file(path):

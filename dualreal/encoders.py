@@ -61,7 +61,7 @@ def _batched(run, inputs, size):
 
 # %% ../nbs/31_encoders.ipynb
 class _Dino:
-    "A transformers `ViTModel` (without its pooler) as a feature of pictures."
+    "A transformers `ViTModel` (without its pooler), or `ResNetModel`, as a feature of pictures."
     def __init__(self, model, name, mean=(.485, .456, .406), std=(.229, .224, .225), device="cpu"):
         self.model, self.name, self.device = model.to(device).eval().float(), name, device
         self.side = model.config.image_size
@@ -74,8 +74,12 @@ class _Dino:
     @torch.no_grad()
     def images(self, frames, batch:int=32) -> np.ndarray: # float32 (N, D)
         "Features of pictures, not normalised."
-        run = lambda x: self.model(x.to(self.device)).last_hidden_state[:, 0]
-        return _batched(run, (self._ready(f) for f in frames), batch)
+        return _batched(self._feature, (self._ready(f) for f in frames), batch)
+
+    def _feature(self, x): # a ViT's first token; the mean over a ResNet's places
+        found = self.model(x.to(self.device))
+        if found.last_hidden_state.ndim == 3: return found.last_hidden_state[:, 0]
+        return found.pooler_output.flatten(1)
 
 # %% ../nbs/31_encoders.ipynb
 class DisFlow:
@@ -270,9 +274,9 @@ def _toy_dino(device):
     folder = asset("toy-dino")
     if not folder.is_dir():
         return Missing("toy-dino", f"{folder} is not there: nbs/recipes/04_toy_dino.ipynb makes it")
-    from transformers import ViTModel
-    vit = ViTModel.from_pretrained(folder, add_pooling_layer=False)
-    return _Dino(vit, "toy-dino", (.5,) * 3, (.5,) * 3, device)
+    from transformers import AutoConfig, AutoModel
+    own = dict(add_pooling_layer=False) if AutoConfig.from_pretrained(folder).model_type == "vit" else {}
+    return _Dino(AutoModel.from_pretrained(folder, **own), "toy-dino", (.5,) * 3, (.5,) * 3, device)
 
 def _toy(device):
     import open_clip

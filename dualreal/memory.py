@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .core import InputError
-from .tuner import DualRealConfig, reference, sites_of
+from .tuner import DualRealConfig, reference, sites_of, stock_block
 
 # %% ../nbs/23_memory.ipynb
 _POLICIES = "all", "attention", "nothing"
@@ -60,7 +60,7 @@ def set_policies(transformer,
     if len(policies) != len(blocks) or set(policies) - set(_POLICIES):
         raise InputError(f"policies {policies!r}: give one of {_POLICIES} for each of {len(blocks)} blocks")
     known = dict(zip(map(id, blocks), policies))
-    run = lambda block, *args: _run_block(block, *args, keep=known[id(block)], offload=offload)
+    run = lambda block, *args: _run_block(block, *args, keep=known[id(stock_block(block))], offload=offload)
     if set(policies) == {"all"}: transformer.disable_gradient_checkpointing()
     else: transformer.enable_gradient_checkpointing(run)
 

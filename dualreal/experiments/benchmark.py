@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import metrics, store
 from ..backbone import base_size, find_base, toy_reference
-from ..core import InputError, asset
+from ..core import InputError, asset, few
 from ..data import identity_files, motion_files
 from ..settings import MAY_DIFFER, PUBLISHED, BaseSize
 
@@ -166,15 +166,12 @@ def absent(bench:Bench, cases=None # "subject-motion"; None: all
     held = lambda c: all(_count(bench.data, kind, c[kind]) for kind in _FILES)
     lost = [n for n, c in asked.items() if not held(c)] if bench.data else []
     if lost and len(lost) == len(asked):
-        raise InputError(f"{bench.data}: lacks pictures or clips of {_few(lost)}, so no case of {bench.name} "
+        raise InputError(f"{bench.data}: lacks pictures or clips of {few(lost, 5)}, so no case of {bench.name} "
                          "can run; give a folder for each subject and motion, at the top or one level down")
     return lost
 
 def absent_note(bench:Bench, lost:list) -> str: # a sentence
-    return f"left out, {bench.data} lacks their pictures or clips: {_few(lost)}; see `dualreal bench data`"
-
-def _few(names, most=5):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"left out, {bench.data} lacks their pictures or clips: {few(lost, 5)}; see `dualreal bench data`"
 
 # %% ../../nbs/41_benchmark.ipynb
 @lru_cache

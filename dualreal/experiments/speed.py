@@ -72,13 +72,10 @@ def plain_form(parts, x, reference=None): # as `dualreal.bottleneck.naive_form`
 
 class PlainAttention(AttentionSite):
     "Beside the attention, with text and video joined and split again."
-    def forward(self, hidden_states, encoder_hidden_states, dualreal=None, **kwargs):
-        tokens, n = dict(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states), \
-            encoder_hidden_states.shape[1]
-        video, text = self.base_layer(**tokens, **kwargs)
-        self.feed_forward[0].blend = dualreal
-        joined = torch.cat([encoder_hidden_states, hidden_states], 1)
-        out = self.added(joined, dualreal, torch.cat([text, video], 1))
+    def beside(self, args, kwargs, out):
+        text, n = kwargs["encoder_hidden_states"], kwargs["encoder_hidden_states"].shape[1]
+        joined = torch.cat([text, kwargs["hidden_states"]], 1)
+        out = self.added(joined, torch.cat([out[1], out[0]], 1))
         return out[:, n:], out[:, :n]
 
 def plainly(transformer):
