@@ -8,6 +8,7 @@ __all__ = ['find_base', 'find_sizes', 'load_base', 'base_size', 'check_picture',
 
 # %% ../nbs/20_backbone.ipynb
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -77,6 +78,29 @@ def _missing_files(folder) -> list[str]: # relative paths, empty if complete
     return [f"{p}/{f}" for p in parts for f in _missing_of(folder / p)]
 
 # %% ../nbs/20_backbone.ipynb
+def _read(path):
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}); fetch the base again") from e
+
+def _check_known(folder:Path, base):
+    "`InputError` for a pipeline that adapters cannot be attached to."
+    kind = _index(folder).get("_class_name", "pipeline of unknown class")
+    if kind != "CogVideoXPipeline":
+        raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")
+    note = folder / "transformer/config.json"
+    if note.is_file() and _read(note).get("patch_size_t"):
+        raise InputError(f"base {base}: CogVideoX 1.5 (patches in time) cannot be trained yet; use 1.0")
+
+_WEIGHTS = re.compile(r"\w+?(?:\.(\w+?))?(?:-\d+-of-\d+)?\.safetensors") # name, variant, number of a shard
+
+def _variant(folder:Path) -> str|None: # as "fp16"; None: the plain files are there
+    "Of which variant the weights are, where a folder has no others."
+    parts = [[*part.glob("*.safetensors")] for part in folder.iterdir() if part.is_dir()]
+    kinds = [{m[1] for f in files if (m := _WEIGHTS.fullmatch(f.name))} for files in parts]
+    return next((min(names) for names in kinds if names and None not in names), None)
+
+# %% ../nbs/20_backbone.ipynb
 def find_base(base:str|Path="toy") -> Path: # complete pipeline folder
     "The folder of a base: the toy, a local folder, or a Hub id (downloaded, or found in the Hub's cache)."
     folder = _toy_base_path() if base == "toy" else Path(base).expanduser().resolve()
@@ -100,9 +124,12 @@ _SMALL_FILES = ["model_index.json", "dualreal.json", "*/config.json", "*/schedul
                 "tokenizer/*"]
 
 def find_sizes(base:str|Path="toy") -> Path: # a folder that `base_size` and the tokenizer can be read from
-    "Like `find_base`, but without the weights: of a Hub id only the small files are fetched."
-    if base == "toy" or Path(base).expanduser().is_dir() or not _is_hub_id(str(base)): return find_base(base)
-    return _from_hub(str(base), lambda name: snapshot_download(name, allow_patterns=_SMALL_FILES))
+    "Like `find_base`, of a Hub id without the weights; `InputError` for a base that cannot be used."
+    local = base == "toy" or Path(base).expanduser().is_dir() or not _is_hub_id(str(base))
+    small = lambda name: snapshot_download(name, allow_patterns=_SMALL_FILES)
+    folder = find_base(base) if local else _from_hub(str(base), small)
+    _check_known(folder, base)
+    return folder
 
 # %% ../nbs/20_backbone.ipynb
 def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
@@ -110,13 +137,11 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
               dtype:torch.dtype=None # None: bfloat16 on an accelerator, float32 on the CPU
              ) -> CogVideoXPipeline: # frozen, in evaluation mode
     "Load a stock pipeline; `InputError` says what is missing and how to get it."
+    find_sizes(base) # what cannot be used is refused before it is fetched
     folder = find_base(base)
-    kind = _index(folder).get("_class_name", "pipeline of unknown class")
-    if kind != "CogVideoXPipeline":
-        raise InputError(f"base {base} is a {kind}; dualreal needs a CogVideoXPipeline")
     device = pick_device(str(device))
     if dtype is None: dtype = pick_dtype(device)
-    pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipe = CogVideoXPipeline.from_pretrained(folder, dtype=dtype, variant=_variant(folder)).to(device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
     return pipe
 
@@ -131,11 +156,6 @@ def base_size(base:CogVideoXPipeline|Path) -> BaseSize: # a pipeline, or its fol
     folder = Path(base) if isinstance(base, (str, Path)) else Path(base.config._name_or_path or ".")
     note = folder / "dualreal.json"
     return BaseSize(**{**asdict(_size_of(*_shape(base))), **(_read(note) if note.is_file() else {})})
-
-def _read(path):
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({type(e).__name__}); fetch the base again") from e
 
 def _shape(base): # configuration of the transformer, pixels on a side of a latent
     if not isinstance(base, (str, Path)): return base.transformer.config, base.vae_scale_factor_spatial
@@ -185,8 +205,6 @@ def sized(base,    # a pipeline, or its folder
 def video_size(base,               # a pipeline, or its folder (nothing is loaded then)
                config) -> BaseSize: # of `TrainConfig`
     "The size of a training run's videos; `InputError` for what this base cannot be trained on."
-    if _shape(base)[0].get("patch_size_t"):
-        raise InputError(f"{config.base}: CogVideoX 1.5 (patches in time) cannot be trained yet; use 1.0")
     own = base_size(base)
     frames = 8 * max(1, ((config.frames or own.frames) - 1) // 8) + 1 # what the VAE can return
     return sized(base, height=config.height, width=config.width, frames=frames)

@@ -16,7 +16,7 @@ from diffusers import CogVideoXDPMScheduler, FirstBlockCacheConfig, PyramidAtten
 from .backbone import load_base, load_reference_encoder, sized
 from .checkpoint import Adapter, load_adapter, read_adapter
 from .core import InputError, pick_device, pick_dtype
-from .encode import embed, release, tile
+from .encode import check_finite, embed, release, tile
 from .memory import compile_blocks
 from .tuner import active, blend_weights
 from .tuner import dial as dialled_to
@@ -47,6 +47,7 @@ class _Watch:
         self.timesteps, self.rows = [], []
 
     def __call__(self, pipe, step, timestep, tensors):
+        check_finite(tensors["latents"], f"step {step + 1}: the transformer", self.transformer.dtype)
         self.timesteps.append(int(timestep))
         if self.config: # of both guidance branches: the prompts' comes second
             self.rows.append(blend_weights(self.transformer)[-self.videos:].float().cpu())
@@ -106,7 +107,9 @@ def _denoise(pipe, prompts, seeds, texts, size, watch):
                  num_frames=size.frames, num_inference_steps=size.steps, guidance_scale=size.guidance,
                  max_sequence_length=size.max_tokens, use_dynamic_cfg=False, output_type="np",
                  generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], callback_on_step_end=watch)
-    return (np.stack(list(video.frames)) * 255).round().astype(np.uint8)
+    frames = np.stack(list(video.frames))
+    check_finite(torch.from_numpy(frames), "the VAE", pipe.vae.dtype)
+    return (frames * 255).round().astype(np.uint8)
 
 # %% ../nbs/24_generate.ipynb
 _TOLD = "height", "width", "frames", "steps", "guidance", "max_tokens"

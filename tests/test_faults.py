@@ -16,7 +16,7 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dualreal import data
 from dualreal.backbone import load_base
@@ -470,3 +470,59 @@ def test_full_disk_during_a_video(small_disk, suffix):
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert sorted(p.name for p in small_disk.iterdir()) == [path.name, "ballast"]
+
+
+# Bases that cannot be used, and numbers that are none
+
+OTHERS = {"is a WanPipeline": ("model_index.json", dict(_class_name="WanPipeline")),
+          "is a CogVideoXImageToVideoPipeline": ("model_index.json", dict(_class_name="CogVideoXImageToVideoPipeline")),
+          "cannot be trained yet": ("transformer/config.json", dict(patch_size_t=2))}
+
+
+@pytest.mark.parametrize("says", OTHERS)
+def test_all_commands_refuse_a_base_alike(home, case, capsys, says):
+    "From configuration files alone: the weights are not there."
+    (file, change), base = OTHERS[says], case / "other"
+    shutil.copytree(home / "tiny", base)
+    for path in base.rglob("*.safetensors"): path.write_bytes(b"")
+    (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
+    commands = (["check", *case_of(case, base)], ["train", *case_of(case, base), "--out", case / "run"],
+                ["generate", "--adapter", home / "adapter.safetensors", "--base", base, "--prompt", "a", "--out", case / "a.mp4"])
+    said = {complaint(capsys, *command) for command in commands}
+    assert len(said) == 1 and says in said.pop() and not (case / "run").exists()
+
+
+def test_weights_of_a_variant(home, tmp_path):
+    "A folder with *.fp16.safetensors only, as `from_pretrained(variant=…)` keeps it."
+    base = shutil.copytree(home / "tiny", tmp_path / "base")
+    for path in base.rglob("*.safetensors"): path.rename(path.with_suffix(".fp16.safetensors"))
+    whole, variant = load_base(home / "tiny").transformer.state_dict(), load_base(base).transformer.state_dict()
+    assert all(torch.equal(v, variant[k]) for k, v in whole.items())
+
+
+def spoilt(home, folder, part, where=""):
+    "The tiny base with one number that is none, in a part of it."
+    base = shutil.copytree(home / "tiny", folder)
+    for path in (base / part).glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors[next(n for n in tensors if "norm" not in n and where in n)].flatten()[0] = torch.nan
+        save_file(tensors, path, {"format": "pt"})
+    return base
+
+
+@pytest.mark.parametrize("part, says", [("text_encoder", "prompt '': the text encoder"), ("transformer", "step 1: the transformer"),
+                                        ("vae", "the VAE")])
+def test_videos_that_are_no_numbers(home, tmp_path, capsys, part, says):
+    base = spoilt(home, tmp_path / "base", part, "decoder" if part == "vae" else "")
+    status = main(["generate", "--adapter", f"{home}/adapter.safetensors", "--base", f"{base}", "--prompt", "a cat", "--steps", "2",
+                   "--out", f"{tmp_path}/a.mp4"])
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1 and f"{says} gave numbers that are not finite" in err and not (tmp_path / "a.mp4").exists()
+
+
+def test_latents_that_are_no_numbers(home, case, capsys):
+    base = spoilt(home, case / "base", "vae", "encoder")
+    for _ in range(2): # nothing of it went into the cache
+        status = main(["train", *map(str, case_of(case, base)), "--out", f"{case}/run", "--steps", "2"])
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert status == 1 and "one/0.png: the VAE gave numbers that are not finite" in err
