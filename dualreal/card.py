@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .checkpoint import Adapter, find_adapter, read_adapter
 from .core import InputError, atomic_path
 from .report import cells, heading, markdown, order, plain, read_report
-from .resume import step_folders
+from .store import step_folders
 from .video import read_video, resize_crop, write_video
 
 # %% ../nbs/50_card.ipynb

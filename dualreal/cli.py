@@ -75,12 +75,16 @@ def _quiet():
 # %% ../nbs/52_cli.ipynb
 def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     "dualreal train: folders in, an adapter out."
-    settings.checked(config) # before PyTorch is loaded
-    from dualreal.resume import check_out
-    from dualreal.trainer import train
+    settings.checked(config)
+    from dualreal.base import find_sizes
+    from dualreal.data import load_case
+    from dualreal.store import check_out
     if check_out(config.out, config.resume):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
+    load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    find_sizes(config.base)
+    from dualreal.trainer import train  # with PyTorch: what was refused did not wait for it
     score = _preview_scorer(watch.score_previews, config) if watch.score_previews else None
     _warn(config)
     path = train(config, watch.log and _step_log(watch.log), score=score)
@@ -145,14 +149,16 @@ def _run_generate(args:settings.GenerateConfig):
         raise InputError('--prompt is empty: say what the video shows, as "a dog * is playing guitar"')
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
-    from dualreal.backbone import sized
-    from dualreal.checkpoint import read_adapter
+    from dualreal.base import find_sizes, sized
+    from dualreal.store import check_writable, find_adapter
+    check_writable(out.parent, "give another --out")
+    file = find_adapter(args.adapter)
+    if args.base: find_sizes(args.base)
+    from dualreal.checkpoint import read_adapter  # with PyTorch: what was refused did not wait
     from dualreal.generate import CACHES, generate, last_words, open_pipe
-    from dualreal.store import check_writable
     if args.approximate not in (None, *CACHES):
         raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
-    check_writable(out.parent, "give another --out")
-    adapter = read_adapter(args.adapter)
+    adapter = read_adapter(file)
     if "*" in (adapter.info.get("subject") or "") and "*" not in args.prompt:
         known = f'the adapter knows its subject as "{adapter.info["subject"]}"'
         print(f'note: --prompt has no "*": {known}')
@@ -204,13 +210,12 @@ def _run_evaluate(config:settings.EvaluateConfig):
 # %% ../nbs/52_cli.ipynb
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
-    from transformers import AutoTokenizer
-
-    from dualreal.backbone import base_size, check_picture, find_sizes
+    from dualreal.base import base_size, check_picture, find_sizes
     from dualreal.data import MIN_CLIP, load_case
     from dualreal.doctor import case_sheet, check_case, format_report
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     folder = find_sizes(config.base)
+    from transformers import AutoTokenizer  # seconds
     base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
     size = [getattr(base, k) if v is None else v for k, v in asked.items()]
@@ -232,8 +237,10 @@ def _run_check(config:settings.CheckConfig):
 # %% ../nbs/52_cli.ipynb
 def _run_inspect(config:settings.InspectConfig):
     "dualreal inspect: what an adapter file says about itself."
+    from dualreal.store import find_adapter
+    file = find_adapter(config.path)
     from dualreal.checkpoint import read_adapter
-    adapter = read_adapter(config.path)
+    adapter = read_adapter(file)
     path, info, tensors = adapter.source, adapter.info, adapter.tensors
     facts = dict(file=f"{path} ({path.stat().st_size/1e6:.1f} MB)",
                  kind="dualreal" if info else "published dictionary (configuration inferred)",
@@ -248,10 +255,8 @@ def _run_inspect(config:settings.InspectConfig):
 # %% ../nbs/52_cli.ipynb
 def _run_convert(args:settings.ConvertConfig):
     "dualreal convert: between our file and the published dictionary; --fold for one reference."
-    from dualreal.checkpoint import find_adapter, read_adapter, write_adapter
-    from dualreal.store import check_writable
+    from dualreal.store import check_writable, find_adapter
     source, target = find_adapter(args.source), Path(args.target)
-    adapter = read_adapter(source)
     if target.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{target}: the target must end in .safetensors or .pth")
     if target.is_dir(): raise InputError(f"{target}: is a folder; give the name of a file")
@@ -259,6 +264,8 @@ def _run_convert(args:settings.ConvertConfig):
     if target.exists() and not args.overwrite:
         raise InputError(f"{target}: is there already; give another name, or --overwrite")
     check_writable(target.parent, "give another target")
+    from dualreal.checkpoint import read_adapter, write_adapter  # with PyTorch: what was refused did not wait
+    adapter = read_adapter(source)
     if args.fold: adapter = _fold(args, adapter)
     elif args.reference: raise InputError("--reference is for --fold: a converted file keeps its own")
     write_adapter(adapter, target)
@@ -279,10 +286,11 @@ def _fold(args, adapter):
 # %% ../nbs/52_cli.ipynb
 def _run_card(config:settings.CardConfig):
     "dualreal card: a model card beside the adapter, for the Hub."
+    from dualreal.store import find_adapter
+    file = find_adapter(config.path)
     from dualreal.card import report_of, upload_command, write_card
-    from dualreal.checkpoint import find_adapter
     card = write_card(config.path, config.report, config.license, config.repo)
-    print(f"card    {card}\nupload  {upload_command(card, find_adapter(config.path), config.repo)}")
+    print(f"card    {card}\nupload  {upload_command(card, file, config.repo)}")
     if report_of(card.parent, config.report) is None:
         print("note: no scores are known; give --report, the folder of dualreal evaluate")
     if config.license == "unknown": print("note: no licence is chosen; give --license, e.g. cc-by-4.0")
@@ -290,12 +298,12 @@ def _run_card(config:settings.CardConfig):
 # %% ../nbs/52_cli.ipynb
 def _run_demo(config:settings.DemoConfig):
     "dualreal demo: photos and clips to videos, on the toy base."
-    from dualreal.backbone import base_size, find_base
+    from dualreal.base import base_size, find_base
     from dualreal.toy.world import write_case
-    from dualreal.trainer import train
     out, start = Path(config.out), time.perf_counter()
     if config.steps is None: config = replace(config, steps=base_size(find_base("toy")).training["steps"])
     _check_demo(config)
+    from dualreal.trainer import train
     print(f"toy demo: subject {config.subject}, motion {config.motion}; both unknown to the toy base")
     if not (out/"run"/"config.json").exists(): write_case(out/"case", config.subject, config.motion)
     write_json(out/"demo.json", {k: v for k, v in vars(config).items() if k != "out"})
@@ -344,7 +352,8 @@ def _demo_sheet(config, words): # words: of the run
 
 def _demo_rivals(config, prompt):
     "The base's own video and the truth, both written beside the run."
-    from dualreal.backbone import base_size, load_base
+    from dualreal.backbone import load_base
+    from dualreal.base import base_size
     from dualreal.generate import generate
     from dualreal.toy.world import HELD_OUT_SUBJECTS, render
     from dualreal.video import write_video
@@ -467,6 +476,7 @@ def _bench_data(args):
 # %% ../nbs/52_cli.ipynb
 def _run_studio(config:settings.StudioConfig):
     "dualreal studio: the package behind buttons, as a page."
+    if not 0 < config.port < 65536: raise InputError(f"--port {config.port}: give a number from 1 to 65535")
     from dualreal.studio import serve
     return serve(config.out, config.port, config.browser)
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
-from .backbone import load_base, load_reference_encoder, sized
+from .backbone import load_base, load_reference_encoder
+from .base import sized
 from .checkpoint import Adapter, load_adapter, read_adapter
 from .core import InputError, pick_device, pick_dtype
 from .encode import check_finite, embed, release, tile

@@ -27,7 +27,8 @@ import ipywidgets as w
 import psutil
 import torch
 
-from .backbone import base_size, find_sizes, outline, sized
+from .backbone import outline
+from .base import base_size, find_sizes, sized
 from .checkpoint import Adapter, find_adapter, read_adapter
 from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
 from .data import load_case
@@ -37,9 +38,8 @@ from .figures import loss_figure, weights_figure
 from .generate import generate, open_pipe, put_on
 from .memory import StepSize, plan
 from .report import write_pages
-from .resume import step_folders
 from .settings import PUBLISHED, GenerateConfig, StudioConfig, TrainConfig, WatchConfig, as_flags
-from .store import check_writable
+from .store import check_writable, step_folders
 from .tuner import DualRealConfig
 from .video import write_video
 

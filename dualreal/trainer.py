@@ -8,9 +8,10 @@ __all__ = ['set_up', 'prepare', 'train']
 # %% ../nbs/27_trainer.ipynb
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm import tqdm
 
-from .backbone import base_size, find_sizes, load_base, load_reference_encoder, video_size
+from .backbone import load_base, load_reference_encoder
+from .base import base_size, find_sizes, video_size
 from .checkpoint import FILE, adapter_tensors
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
 from .data import joint_prompt, load_case
@@ -29,9 +31,9 @@ from .figures import loss_figure, save_figure, tradeoff_figure
 from .generate import generate_all
 from .loop import Given, Run, dual_course, loop, take_up
 from .memory import advice, check_wishes, place
-from .resume import StopRequest, check_out, check_same, facts, restore, save_checkpoint, save_run, stop
+from .resume import StopRequest, check_same, facts, restore, save_checkpoint, save_run, stop
 from .settings import TrainConfig, completed
-from .store import Store, cache_folder
+from .store import Store, cache_folder, check_out, own
 from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
 
@@ -189,6 +191,10 @@ def train(config:TrainConfig,
          ) -> Path:              # the adapter file
     "Train one case; ends with the adapter, a loss plot, a contact sheet and run.json."
     if done := check_out(config.out, config.resume): return done
+    first = os.environ.get("RANK", "0") == "0" # of several processes, one owns the folder
+    with own(config.out) if first else nullcontext(): return _train(config, on_step, progress, score)
+
+def _train(config, on_step, progress, score):
     run = prepare(config, progress)
     progress, main = progress and run.accelerator.is_main_process, run.accelerator.is_main_process
     restored = restore(run) if config.resume else None

@@ -140,15 +140,17 @@ def _delete_adapter(self:_DualRealLayer, adapter_name):
     BaseTunerLayer.delete_adapter(self, adapter_name)
     if not self.scaling: self.base_layer.dualreal = None
 
-_DualRealLayer.__del__, _DualRealLayer.get_base_layer, _DualRealLayer.delete_adapter = _end, _get_base_layer, _delete_adapter
+_DualRealLayer.__del__, _DualRealLayer.get_base_layer = _end, _get_base_layer
+_DualRealLayer.delete_adapter = _delete_adapter
 
 # %% ../nbs/03_tuner.ipynb
 def _merge(self:_DualRealLayer, safe_merge=False, adapter_names=None):
     "`InputError` if one of ours is to be fused; a LoRA beside it may be."
     if self.scaled is not None: self.unscale_layer(self.scaled)
     for name in self.running if adapter_names is None else self.scaling.keys() & set(adapter_names):
-        raise InputError(f"adapter {name!r} is DualReal's and cannot be folded into weights: what it adds is not linear in "
-                         "the tokens, and its share changes with them; fuse others by name, adapter_names=[...]")
+        raise InputError(
+            f"adapter {name!r} is DualReal's and cannot be folded into weights: what it adds is not linear "
+            "in the tokens, and its share changes with them; fuse others by name: adapter_names=[...]")
 
 def _unmerge(self:_DualRealLayer): "Nothing of ours was fused."
 
@@ -157,7 +159,8 @@ _DualRealLayer.merge, _DualRealLayer.unmerge = _merge, _unmerge
 # %% ../nbs/03_tuner.ipynb
 class Recalled:
     "A block as it was called: run again later, it sees the blend of that time."
-    def __init__(self, block, conductor, blend): self.block, self.conductor, self.blend = block, conductor, blend
+    def __init__(self, block, conductor, blend):
+        self.block, self.conductor, self.blend = block, conductor, blend
 
     def __call__(self, *args, **kwargs):
         before, self.conductor.blend = self.conductor.blend, self.blend
@@ -180,8 +183,10 @@ class _Conductor(_DualRealLayer):
         self.acting = tuple(map(str, Dimension))
         self.whole, self.blend, self.time, self.checkpoint = [transformer], None, [None], None
         of = lambda moment: partial(moment, [tokens])
-        self.handles = [transformer.register_forward_pre_hook(of(_begin)), time.register_forward_hook(partial(_note, self.time)),
-            tokens.register_forward_hook(of(_fill)), transformer.register_forward_hook(of(_finish), always_call=True)]
+        self.handles = [transformer.register_forward_pre_hook(of(_begin)),
+                        time.register_forward_hook(partial(_note, self.time)),
+                        tokens.register_forward_hook(of(_fill)),
+                        transformer.register_forward_hook(of(_finish), always_call=True)]
         skipped = getattr(transformer, "_skip_layerwise_casting_patterns", None) or ()
         transformer._skip_layerwise_casting_patterns = (*skipped, "dualreal") # small, and needed as they are
 
@@ -197,7 +202,8 @@ class _Conductor(_DualRealLayer):
         self.blend = {} # adapter: weights (B, n) of both sides, reference, acting
         if not getattr(transformer, "gradient_checkpointing", False) or torch.compiler.is_compiling(): return
         stock, conductor, blend = transformer._gradient_checkpointing_func, self, self.blend
-        def remembering(block, *args, **kwargs): return stock(Recalled(block, conductor, blend), *args, **kwargs)
+        def remembering(block, *args, **kwargs):
+            return stock(Recalled(block, conductor, blend), *args, **kwargs)
         self.checkpoint, transformer._gradient_checkpointing_func = stock, remembering
 
     def finish(self, transformer):
@@ -236,8 +242,9 @@ def _weigh(self:_Conductor, name, tokens):
     "The adapter's entry of the blend for tokens (B, N, d)."
     e, scale, factor = self.reference, self.configs[name].scale, self.scaling[name]
     if e is not None and len(e) not in (1, len(tokens)):
-        if 2 * len(e) == len(tokens) and _guided(self.whole[0]): e = torch.cat([e, e])
-        else: raise InputError(f"{len(e)} reference embeddings for {len(tokens)} samples: give one or as many")
+        if 2 * len(e) != len(tokens) or not _guided(self.whole[0]):
+            raise InputError(f"{len(e)} reference embeddings for {len(tokens)} samples: give one or as many")
+        e = torch.cat([e, e])
     identity = dialled(self.dualreal_controller[name](self.time[0], tokens), self.dial, scale)
     self.last[name] = identity.detach()
     return factor * identity, factor * (scale - identity), e, self.acting
@@ -295,7 +302,8 @@ class AttentionSite(Site):
 def _beside(transformer, sites, module, key):
     "The layer of a stock module; the key says where the module is."
     tokens = getattr(transformer, sites.tokens)
-    conductor = getattr(tokens, "dualreal", None) or _Conductor(tokens, transformer, getattr(transformer, sites.time))
+    conductor = getattr(tokens, "dualreal", None)
+    if conductor is None: conductor = _Conductor(tokens, transformer, getattr(transformer, sites.time))
     if key == sites.tokens: return conductor
     kind = AttentionSite if key.endswith(f".{sites.attention}") else FeedForwardSite
     return kind(module, int(key.split(".")[-2]), conductor)
@@ -314,9 +322,8 @@ def check_attachable(transformer,
 # %% ../nbs/03_tuner.ipynb
 def _tell_others(transformer):
     "After new layers: renew group offloading, and what was compiled."
-    if hasattr(transformer, "_diffusers_hook"):
-        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-        _maybe_remove_and_reapply_group_offloading(transformer)
+    offloading = sys.modules.get("diffusers.hooks.group_offloading") # who uses it has loaded it
+    if offloading: offloading._maybe_remove_and_reapply_group_offloading(transformer)
     if any(m._compiled_call_impl is not None for m in transformer.modules()): torch.compiler.reset()
 
 # %% ../nbs/03_tuner.ipynb

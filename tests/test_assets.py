@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import dualreal.toy.truth  # noqa: F401  enters the toy among the worlds
-from dualreal.backbone import find_base, load_reference_encoder, outline
+from dualreal.backbone import load_reference_encoder, outline
+from dualreal.base import find_base
 from dualreal.checkpoint import read_adapter
 from dualreal.cli import main
 from dualreal.core import InputError, asset

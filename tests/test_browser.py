@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import nbformat
 import pytest
 
-from dualreal.backbone import base_size, find_base
+from dualreal.base import base_size, find_base
 from dualreal.toy.world import write_case
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -50,7 +50,8 @@ def test_what_does_not_match_is_named():
     refused(WEIGHTS, "v1.5", adapter_name="v1.5")
 
 
-PREFIXES = "module.", "_orig_mod.", "module._orig_mod.", "transformer.", "base_model.model.", "diffusion_model."
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "transformer.", "base_model.model.",
+            "diffusion_model.")
 
 
 @pytest.mark.parametrize("form", [*PREFIXES, "state_dict", "PEFT", "PEFT's model"])

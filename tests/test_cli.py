@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dualreal.backbone import base_size, find_base, load_base
+from dualreal.backbone import load_base
+from dualreal.base import base_size, find_base
 from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
@@ -33,7 +34,7 @@ GROUPS = [n for n in range(1, BLOCKS + 1) if BLOCKS % n == 0]  # numbers of grou
 def few_denoising_steps():
     "Where a test names none: the toy's own 30 are for those who look at the videos."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dualreal.backbone.base_size", lambda base: replace(base_size(base), steps=2))
+        patch.setattr("dualreal.base.base_size", lambda base: replace(base_size(base), steps=2))
         yield
 
 

@@ -24,9 +24,8 @@ from dualreal.checkpoint import save_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
 from dualreal.encode import encode_all
-from dualreal.resume import step_folders
 from dualreal.settings import BaseSize, TrainConfig, completed
-from dualreal.store import Store
+from dualreal.store import Store, own, step_folders
 from dualreal.toy.bases import tiny_pipeline
 from dualreal.trainer import joint_prompt
 from dualreal.tuner import DualRealConfig
@@ -258,7 +257,7 @@ def test_check_fetches_no_weights(home, case, monkeypatch, capsys):
     "Of a base on the Hub: configurations and the tokenizer."
     asked = {}
     def fetched(name, allow_patterns): return asked.update({name: allow_patterns}) or str(home / "tiny")
-    monkeypatch.setattr("dualreal.backbone.snapshot_download", fetched)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     assert main(["check", *map(str, case_of(case, "some/base")), "--sheet", str(case / "sheet.png")]) == 0
     weights = [p for p in asked["some/base"] if not p.endswith(".json") and p != "tokenizer/*"]
     assert asked["some/base"] and not weights
@@ -475,7 +474,8 @@ def test_full_disk_during_a_video(small_disk, suffix):
 # Bases that cannot be used, and numbers that are none
 
 OTHERS = {"is a WanPipeline": ("model_index.json", dict(_class_name="WanPipeline")),
-          "is a CogVideoXImageToVideoPipeline": ("model_index.json", dict(_class_name="CogVideoXImageToVideoPipeline")),
+          "is a CogVideoXImageToVideoPipeline":
+              ("model_index.json", dict(_class_name="CogVideoXImageToVideoPipeline")),
           "cannot be trained yet": ("transformer/config.json", dict(patch_size_t=2))}
 
 
@@ -487,7 +487,8 @@ def test_all_commands_refuse_a_base_alike(home, case, capsys, says):
     for path in base.rglob("*.safetensors"): path.write_bytes(b"")
     (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
     commands = (["check", *case_of(case, base)], ["train", *case_of(case, base), "--out", case / "run"],
-                ["generate", "--adapter", home / "adapter.safetensors", "--base", base, "--prompt", "a", "--out", case / "a.mp4"])
+                ["generate", "--adapter", home / "adapter.safetensors", "--base", base, "--prompt", "a",
+                 "--out", case / "a.mp4"])
     said = {complaint(capsys, *command) for command in commands}
     assert len(said) == 1 and says in said.pop() and not (case / "run").exists()
 
@@ -496,7 +497,7 @@ def test_weights_of_a_variant(home, tmp_path):
     "A folder with *.fp16.safetensors only, as `from_pretrained(variant=…)` keeps it."
     base = shutil.copytree(home / "tiny", tmp_path / "base")
     for path in base.rglob("*.safetensors"): path.rename(path.with_suffix(".fp16.safetensors"))
-    whole, variant = load_base(home / "tiny").transformer.state_dict(), load_base(base).transformer.state_dict()
+    whole, variant = (load_base(b).transformer.state_dict() for b in (home / "tiny", base))
     assert all(torch.equal(v, variant[k]) for k, v in whole.items())
 
 
@@ -510,19 +511,33 @@ def spoilt(home, folder, part, where=""):
     return base
 
 
-@pytest.mark.parametrize("part, says", [("text_encoder", "prompt '': the text encoder"), ("transformer", "step 1: the transformer"),
-                                        ("vae", "the VAE")])
+@pytest.mark.parametrize("part, says", [
+    ("text_encoder", "prompt '': the text encoder"), ("transformer", "step 1: the transformer"),
+    ("vae", "the VAE")])
 def test_videos_that_are_no_numbers(home, tmp_path, capsys, part, says):
     base = spoilt(home, tmp_path / "base", part, "decoder" if part == "vae" else "")
-    status = main(["generate", "--adapter", f"{home}/adapter.safetensors", "--base", f"{base}", "--prompt", "a cat", "--steps", "2",
-                   "--out", f"{tmp_path}/a.mp4"])
+    status = main(["generate", "--adapter", f"{home}/adapter.safetensors", "--base", f"{base}",
+                   "--prompt", "a cat", "--steps", "2", "--out", f"{tmp_path}/a.mp4"])
     err = capsys.readouterr().err.splitlines()[-1]
-    assert status == 1 and f"{says} gave numbers that are not finite" in err and not (tmp_path / "a.mp4").exists()
+    assert status == 1 and f"{says} gave numbers that are not finite" in err
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_latents_that_are_no_numbers(home, case, capsys):
     base = spoilt(home, case / "base", "vae", "encoder")
     for _ in range(2): # nothing of it went into the cache
-        status = main(["train", *map(str, case_of(case, base)), "--out", f"{case}/run", "--steps", "2"])
+        status = main(["train", *map(str, case_of(case, base)), "--out", f"{case}/run", "--steps", "2",
+                       "--reference-encoder", "none"])
         err = capsys.readouterr().err.splitlines()[-1]
-        assert status == 1 and "one/0.png: the VAE gave numbers that are not finite" in err
+        assert status == 1 and "one/0.png: the VAE gave numbers that are not finite" in err, err
+
+
+def test_two_trainings_at_once(home, case, capsys):
+    "The second is refused while the first one works; a dead one holds nothing."
+    with own(case / "run"):
+        said = complaint(capsys, "train", *case_of(case, home / "tiny"), "--out", case / "run", "--steps", 1,
+                         "--reference-encoder", "none")
+        assert "another process is training there" in said
+    (case / "run/.lock").touch()
+    assert main(["train", *map(str, case_of(case, home / "tiny")), "--out", f"{case}/run", "--steps", "1",
+                 "--samples", "0", "--reference-encoder", "none"]) == 0

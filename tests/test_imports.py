@@ -210,6 +210,16 @@ def test_refused_values_need_no_torch(tmp_path):
     without_torch([f"{train} --{value}".split() for value in values], 2, tmp_path)
 
 
+@fork
+def test_what_is_not_there_needs_no_torch(tmp_path):
+    "Folders, files and bases are looked for before anything heavy is loaded."
+    (tmp_path/"base").mkdir()
+    words = ("check --identity no --motion no", "train --identity no --motion no --out run", "inspect no",
+             "generate --adapter no --prompt a --out a.mp4", "convert no a.pth", "card no",
+             "studio --port 70000", "demo --subject no")
+    without_torch([line.split() for line in words], 2, tmp_path)
+
+
 def test_beside_a_clone(tmp_path):
     "Where a clone's folder, dualreal/, lies in the working folder, the package is still the package."
     (tmp_path/"dualreal").symlink_to(ROOT)

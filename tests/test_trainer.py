@@ -26,9 +26,9 @@ from dualreal.checkpoint import adapter_tensors, read_adapter
 from dualreal.cli import main
 from dualreal.core import InputError
 from dualreal.memory import Plan, compile_blocks
-from dualreal.resume import Interrupted, restore, step_folders
+from dualreal.resume import Interrupted, restore
 from dualreal.settings import as_flags
-from dualreal.store import fingerprint
+from dualreal.store import fingerprint, step_folders
 from dualreal.toy.bases import tiny_pipeline
 from dualreal.trainer import TrainConfig, prepare, train
 from dualreal.video import read_video, write_video

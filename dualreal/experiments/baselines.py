@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 
-from ..backbone import sized
+from ..base import sized
 from ..checkpoint import adapter_tensors
 from ..core import InputError
 from ..data import load_case

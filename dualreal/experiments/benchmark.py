@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import metrics, store
-from ..backbone import base_size, find_base, toy_reference
+from ..backbone import toy_reference
+from ..base import base_size, find_base
 from ..core import InputError, asset, few
 from ..data import identity_files, motion_files
 from ..settings import MAY_DIFFER, PUBLISHED, BaseSize
@@ -166,7 +167,7 @@ def absent(bench:Bench, cases=None # "subject-motion"; None: all
     held = lambda c: all(_count(bench.data, kind, c[kind]) for kind in _FILES)
     lost = [n for n, c in asked.items() if not held(c)] if bench.data else []
     if lost and len(lost) == len(asked):
-        raise InputError(f"{bench.data}: lacks pictures or clips of {few(lost, 5)}, so no case of {bench.name} "
+        raise InputError(f"{bench.data}: lacks pictures or clips of {few(lost, 5)}: no case of {bench.name} "
                          "can run; give a folder for each subject and motion, at the top or one level down")
     return lost
 

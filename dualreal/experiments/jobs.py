@@ -27,7 +27,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from .. import metrics
-from ..backbone import base_size, find_sizes
+from ..base import base_size, find_sizes
 from ..core import InputError, environment, pick_device, pick_dtype, write_json
 from ..data import first_frame, joint_prompt, load_case
 from ..evaluate import WORLDS, References, encoder_names, known_world, score_frames
