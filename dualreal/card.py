@@ -7,7 +7,6 @@ __all__ = ['report_of', 'write_card', 'upload_command']
 
 # %% ../nbs/50_card.ipynb
 import hashlib
-import json
 import re
 import shlex
 from pathlib import Path
@@ -17,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .checkpoint import Adapter, find_adapter, read_adapter
 from .core import InputError, atomic_path
 from .report import cells, heading, markdown, order, plain, read_report
-from .store import step_folders
+from .store import read_record, step_folders
 from .video import read_video, resize_crop, write_video
 
 # %% ../nbs/50_card.ipynb
@@ -54,8 +53,7 @@ def _write_gif(video:Path, target:Path) -> Path:
 
 def _prompt_of(video:Path) -> str:
     "The prompt in the record beside a video; empty: there is none."
-    try: return str(json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))["prompt"])
-    except (OSError, ValueError, KeyError, TypeError): return ""
+    return str(read_record(video).get("prompt", ""))
 
 # %% ../nbs/50_card.ipynb
 def _shown_base(info:dict) -> tuple[str, str | None]: # info: an adapter's metadata

@@ -8,7 +8,6 @@ __all__ = ['WORLDS', 'Scorer', 'References', 'score_frames', 'World', 'known_wor
 
 # %% ../nbs/32_evaluate.ipynb
 import csv
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -49,7 +48,7 @@ from dualreal.video import (
 from .core import InputError, atomic_path, environment, pick_device, write_json
 from .data import Item, first_frame, identity_files, motion_files
 from .encoders import Missing, load_encoders
-from .store import Store, cache_folder, check_writable, fingerprint
+from .store import Store, cache_folder, check_writable, fingerprint, read_record
 
 # %% ../nbs/32_evaluate.ipynb
 _CHUNK = 16 # frames in memory at a time, and in a batch
@@ -311,7 +310,7 @@ def _mean_of(numbers): # None where one is missing
     return None if None in numbers else float(np.mean(numbers))
 
 def _preview_row(path, fps, references, encoders, truth):
-    prompt = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompt"]
+    prompt = read_record(path)["prompt"]
     frames = read_video(path)[0]
     row = score_frames(frames, fps, references, prompt, encoders)
     found = dict(identity=row["dino_i"], text=row["clip_t"],
@@ -402,11 +401,18 @@ def _by_name(lines, path, videos): # lines: (number, text)
     return given, [f"{path}: no video is named {', '.join(unknown)}"] * bool(unknown)
 
 # %% ../nbs/32_evaluate.ipynb
+def _recorded_prompts(videos):
+    "As `_read_prompts`, from what `generate` and `train` wrote beside the videos."
+    said = {v.name: read_record(v.path).get("prompt") for v in videos}
+    count = sum(p is not None for p in said.values())
+    note = f"prompts: of the records beside {count} of {len(videos)} videos"
+    return (said, [note]) if count else (None, [])
+
 def _read_prompts(source, # a file; None
                   videos:list # of `_Video`
                  ) -> tuple: # dict: a video's name -> its prompt; None: none were given; and notes
-    "The prompt of each video that has one."
-    if source is None: return None, []
+    "The prompt of each video that has one: of the file, else of the records beside the videos."
+    if source is None: return _recorded_prompts(videos)
     path = Path(source)
     try: lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['FILE', 'PICKLES', 'fingerprint', 'check_writable', 'cache_folder', 'Store', 'find_adapter', 'step_folders',
-           'check_out', 'own']
+           'check_out', 'own', 'record_path', 'read_record']
 
 # %% ../nbs/11_store.ipynb
 import hashlib
@@ -178,3 +178,15 @@ def own(out): # the folder of a run
         path.unlink(missing_ok=True)
         lock.release()
         if not any(path.parent.iterdir()): path.parent.rmdir() # refused before it began
+
+# %% ../nbs/11_store.ipynb
+def record_path(video) -> Path:
+    "Where the record of a video is written."
+    return Path(f"{video}.json")
+
+def read_record(video) -> dict: # empty: there is none
+    "What the record beside a video says, under today's name or the earlier one."
+    for path in (record_path(video), Path(video).with_suffix(".json")):
+        try: return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError): continue
+    return {}

@@ -39,7 +39,7 @@ from .generate import generate, open_pipe, put_on
 from .memory import StepSize, plan
 from .report import write_pages
 from .settings import PUBLISHED, GenerateConfig, StudioConfig, TrainConfig, WatchConfig, as_flags
-from .store import check_writable, step_folders
+from .store import check_writable, read_record, record_path, step_folders
 from .tuner import DualRealConfig
 from .video import write_video
 
@@ -215,9 +215,9 @@ def _dialled(weights,         # (steps, groups) as recorded
     "The weights as the dial moves them."
     return (weights + (dial - recorded) * scale / 2).clamp(0, scale)
 
-def _last_weights(record:Path): # JSON beside a video
+def _last_weights(video:Path):
     "(weights, dial) of a video's record; None where it was made without an adapter."
-    told = json.loads(Path(record).read_text(encoding="utf-8"))
+    told = read_record(video)
     return told["identity_weight"] and (torch.tensor(told["identity_weight"]), told["dial"])
 
 # %% ../nbs/51_studio.ipynb
@@ -268,21 +268,16 @@ def _newest_preview(run) -> list: # (path, words)
     run = Path(run)
     previews = iter(step_folders(run/"previews"))
     folder = run/"samples" if (run/"run.json").exists() else next(previews, run/"none")
-    return [(p, f"{folder.name}: {_record(p)['prompt']}") for p in sorted(folder.glob("*.mp4"))
-            if p.with_suffix(".json").exists()] # the record comes after the film
-
-def _record(film): return json.loads(film.with_suffix(".json").read_text(encoding="utf-8"))
+    films = {p: read_record(p) for p in sorted(folder.glob("*.mp4"))} # the record comes after the film
+    return [(p, f"{folder.name}: {told['prompt']}") for p, told in films.items() if told]
 
 # %% ../nbs/51_studio.ipynb
 def _score(run) -> Path: # the folder of the report
     "What `dualreal evaluate` says of a finished run's videos, against what it was trained on."
     run = Path(run)
     config = json.loads((run/"run.json").read_text(encoding="utf-8"))["config"]
-    asked = {p.name: _record(p)["prompt"] for p in sorted((run/"samples").glob("*.mp4"))}
-    with atomic_path(run/"scores"/"prompts.txt") as tmp:
-        tmp.write_text("".join(f"{name}\t{prompt}\n" for name, prompt in asked.items()), encoding="utf-8")
-    evaluate(run/"samples", config["identity"], config["motion"], run/"scores"/"prompts.txt", progress=False,
-             encoders="toy" if config["base"] == "toy" else "published", out=run/"scores")
+    evaluate(run/"samples", config["identity"], config["motion"], progress=False, out=run/"scores",
+             encoders="toy" if config["base"] == "toy" else "published")
     write_pages(run/"scores")
     return run/"scores"
 
@@ -502,13 +497,12 @@ class _AskPanel(_Panel):
     def picked(self):
         "The weights that the adapter's first recorded video has; its prompt, where none is typed."
         folder = self.adapter.value
-        records = [] if folder is None else sorted([*folder.glob("*.json"), *folder.glob("samples/*.json")])
-        record = next((p for p in records if p.with_suffix(".mp4").exists()), None)
+        films = [] if folder is None else sorted([*folder.glob("*.mp4"), *folder.glob("samples/*.mp4")])
+        film = next((p for p in films if read_record(p)), None)
         self.weights, self.map.value = None, ""
-        if record is None: return
-        self.weights = (*_last_weights(record), self.scale())
-        told = json.loads(record.read_text(encoding="utf-8"))
-        self.prompt.value = self.prompt.value or told["prompt"]
+        if film is None: return
+        self.weights = (*_last_weights(film), self.scale())
+        self.prompt.value = self.prompt.value or read_record(film)["prompt"]
         self.draw()
 
     def asked(self): return self.prompt.value, self.seed.value, self.dial.value, self.steps.value or None
@@ -532,7 +526,7 @@ def _keep_video(folder, made, fps) -> Path:
     taken = [int(p.stem) for p in Path(folder).glob("*.mp4") if p.stem.isdigit()]
     path = Path(folder)/f"{max(taken, default=-1) + 1:03d}.mp4"
     write_video(path, made.frames, fps)
-    write_json(path.with_suffix(".json"), made.record())
+    write_json(record_path(path), made.record())
     return path
 
 _AskPanel.generate = _made

@@ -33,7 +33,7 @@ from .loop import Given, Run, dual_course, loop, take_up
 from .memory import advice, check_wishes, place
 from .resume import StopRequest, check_same, facts, restore, save_checkpoint, save_run, stop
 from .settings import TrainConfig, completed
-from .store import Store, cache_folder, check_out, own
+from .store import Store, cache_folder, check_out, own, read_record, record_path
 from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
 
@@ -129,8 +129,8 @@ def _show(run:Run, home:Path, videos:Path, count:int, progress=False) -> list: #
             prompt, seed = prompts[i % len(prompts)], run.config.seed + i
             made, = generate_all(run.pipe, [prompt], [seed], *given, progress=False)
             record = made.record()
-            write_video(videos/f"{i:02d}.mp4", made.frames, run.size.fps)
-            write_json(videos/f"{i:02d}.json", record)
+            video = write_video(videos/f"{i:02d}.mp4", made.frames, run.size.fps)
+            write_json(record_path(video), record)
             rows.append((f"{prompt} (seed {seed})", [made.frames]))
     finally: run.pipe.vae.to("cpu")
     return rows
@@ -162,7 +162,7 @@ def _preview(run:Run, score:Callable=None): # score(run, folder) -> dict
 
 def _previewed(run, folder, score):
     if score is not None: return any(row["step"] == run.step for row in run.scores)
-    return (folder/f"{len(run.given.words['prompts']) - 1:02d}.json").exists()
+    return bool(read_record(folder/f"{len(run.given.words['prompts']) - 1:02d}.mp4"))
 
 def _read_scores(run):
     "Rows of previews that the run, where it stands, has made."

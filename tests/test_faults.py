@@ -538,6 +538,7 @@ def test_two_trainings_at_once(home, case, capsys):
         said = complaint(capsys, "train", *case_of(case, home / "tiny"), "--out", case / "run", "--steps", 1,
                          "--reference-encoder", "none")
         assert "another process is training there" in said
-    (case / "run/.lock").touch()
+    (case / "run").mkdir()
+    (case / "run/.lock").touch()  # of a process that was killed
     assert main(["train", *map(str, case_of(case, home / "tiny")), "--out", f"{case}/run", "--steps", "1",
                  "--samples", "0", "--reference-encoder", "none"]) == 0

@@ -66,19 +66,19 @@ def press(page, name):
 def recorded(path):
     "What a video's record says of its making, and its pixels."
     record = json.loads(path.read_text())
-    video = path.with_suffix("") if path.name.endswith(".mp4.json") else path.with_suffix(".mp4")
+    video = path.with_suffix("")
     told = {k: record[k] for k in ("prompt", "seed", "steps", "frames", "timesteps", "identity_weight")}
     return told, read_video(video)[0]
 
 
 def test_command_and_studio_draw_what_training_drew(made):
     home, _, _ = made
-    told, last = recorded(home / "runs/one/samples/00.json")
+    told, last = recorded(home / "runs/one/samples/00.mp4.json")
     words = ["generate", "--adapter", home / "runs/one", "--prompt", PROMPT, "--seed", 1, "--device", "cpu"]
     assert main([str(word) for word in (*words, "--out", home / "again.mp4")]) == 0
     page = studio(home / "runs", "cpu")
     fill(page, Prompt=PROMPT, Seed=1)
     press(page, "Make video")
-    for path in (home / "again.mp4.json", home / "runs/videos/000.json"):
+    for path in (home / "again.mp4.json", home / "runs/videos/000.mp4.json"):
         said, frames = recorded(path)
         assert said == told and np.array_equal(frames, last)

@@ -489,7 +489,7 @@ def test_a_preview_can_be_made_again(home, tmp_path):
     "The same pixels, by the command, from the adapter beside it."
     train(settings(home, tmp_path / "run", steps=4, save_every=0, preview_every=2, lr=.05), progress=False)
     folder = tmp_path / "run/previews/step-2"
-    record = json.loads((folder / "00.json").read_text())
+    record = json.loads((folder / "00.mp4.json").read_text())
     assert main(["generate", "--adapter", f"{folder}", "--prompt", record["prompt"], "--device", "cpu",
                  "--seed", f"{record['seed']}", "--out", f"{tmp_path / 'again.mp4'}"]) == 0
     frames, again = (read_video(path)[0] for path in (folder / "00.mp4", tmp_path / "again.mp4"))
