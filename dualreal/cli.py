@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from . import settings
-from .core import InputError, write_json
+from .core import InputError, few, write_json
 
 # %% ../nbs/52_cli.ipynb
 def main(argv=None) -> int: # arguments without the program's name; default: the command line
@@ -140,45 +140,73 @@ _SIZES = "height", "width", "frames", "steps", "guidance"
 
 def _run_generate(args:settings.GenerateConfig):
     "dualreal generate: an adapter and a prompt in, a video out."
-    out = Path(args.out)
-    if out.suffix.lower() not in (".mp4", ".gif"): raise InputError(f"{out}: --out must end in .mp4 or .gif")
-    if out.is_dir(): raise InputError(f"{out}: there is a folder of that name; give another --out")
-    if out.exists() and not args.overwrite:
-        raise InputError(f"{out} is there already: give another --out, or --overwrite")
-    if not args.prompt.strip():
-        raise InputError('--prompt is empty: say what the video shows, as "a dog * is playing guitar"')
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
-    from dualreal.base import find_sizes, sized
-    from dualreal.store import check_writable, find_adapter
-    check_writable(out.parent, "give another --out")
-    file = find_adapter(args.adapter)
+    asked = _asked(settings.checked(args))
+    from dualreal.base import fetch_adapter, find_sizes, sized
+    file = fetch_adapter(args.adapter)
     if args.base: find_sizes(args.base)
     from dualreal.checkpoint import read_adapter  # with PyTorch: what was refused did not wait
-    from dualreal.generate import CACHES, generate, last_words, open_pipe
+    from dualreal.generate import CACHES, add_loras, generate, last_words, open_pipe, parse_lora
     if args.approximate not in (None, *CACHES):
         raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
-    adapter = read_adapter(file)
-    if "*" in (adapter.info.get("subject") or "") and "*" not in args.prompt:
-        known = f'the adapter knows its subject as "{adapter.info["subject"]}"'
-        print(f'note: --prompt has no "*": {known}')
+    loras, adapter = [*map(parse_lora, args.lora or [])], read_adapter(file)
+    _note_star(adapter, [prompt for _, prompt, _ in asked])
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     pipe = open_pipe(adapter, args.base, args.device, args.precision, args.offload)
-    reference = _reference(args, adapter)
-    size = sized(pipe, **{**adapter.size, **given})
-    texts = last_words(pipe, [args.prompt], size.max_tokens, args.device, args.offload, args.compile)
-    made = generate(pipe, args.prompt, texts, reference, args.seed, args.dial, args.approximate,
-                    **{k: getattr(size, k) for k in _SIZES})
-    _write_generation(out, made, size.fps, adapter=args.adapter, base=args.base or adapter.base)
+    add_loras(pipe, loras)
+    reference, size = _reference(args, adapter), sized(pipe, **{**adapter.size, **given})
+    words = [*dict.fromkeys([args.negative_prompt, *(prompt for _, prompt, _ in asked)])]
+    texts = last_words(pipe, words, size.max_tokens, args.device, args.offload, args.compile)
+    facts = dict(adapter=args.adapter, base=args.base or adapter.base)
+    if loras: facts["lora"] = args.lora
+    for path, prompt, seed in asked:
+        made = generate(pipe, prompt, texts, reference, seed, args.dial, args.approximate,
+                        negative=args.negative_prompt, **{k: getattr(size, k) for k in _SIZES})
+        _write_generation(path, made, size.fps, **facts)
+
+# %% ../nbs/52_cli.ipynb
+def _asked(args) -> list: # of (file, prompt, seed)
+    "Which videos; `InputError` for a place where they cannot be written."
+    from dualreal.data import prompt_list
+    from dualreal.store import check_writable
+    if (args.prompt is None) == (args.prompts is None):
+        raise InputError('give --prompt "what the video shows", or --prompts FILE')
+    rows = [(None, args.prompt)] if args.prompts is None else prompt_list(args.prompts)
+    if not rows[0][1].strip():
+        raise InputError('--prompt is empty: say what the video shows, as "a dog * is playing guitar"')
+    count, out = args.videos or len(rows), Path(args.out)
+    named = rows[0][0] is not None and count == len(rows)
+    name = lambda i: f"{Path(rows[i][0]).stem if named else f'{i:02d}'}.mp4"
+    files = [out/name(i) for i in range(count)] if count > 1 else [out]
+    _check_target(out, count, [f for f in files if f.exists()] if not args.overwrite else [])
+    check_writable(out if count > 1 else out.parent, "give another --out")
+    return [(f, rows[i % len(rows)][1], args.seed + i) for i, f in enumerate(files)]
+
+def _check_target(out, count, there): # there: files that must not be overwritten
+    film = out.suffix.lower() in (".mp4", ".gif")
+    if count > 1 and film:
+        raise InputError(f"{out}: {count} videos fill a folder: leave {out.suffix} off --out")
+    if count == 1 and not film: raise InputError(f"{out}: --out must end in .mp4 or .gif")
+    if count == 1 and out.is_dir():
+        raise InputError(f"{out}: there is a folder of that name; give another --out")
+    if there: raise InputError(f"{few(map(str, there))} is there already: give another --out, or --overwrite")
+
+def _note_star(adapter, prompts):
+    if "*" not in (adapter.info.get("subject") or ""): return
+    without = [p for p in prompts if "*" not in p]
+    if without: print(f'note: no "*" in {few(map(repr, without))}: the adapter knows its subject as '
+                      f'"{adapter.info["subject"]}"')
 
 # %% ../nbs/52_cli.ipynb
 def _write_generation(out, made, fps, **facts):
     "The video, its record, a picture of its weights."
     from dualreal.figures import save_figure, weights_figure
+    from dualreal.store import record_path
     from dualreal.video import write_video
     record = dict(made.record(), **facts)
     write_video(out, made.frames, fps)
-    write_json(f"{out}.json", record)
+    write_json(record_path(out), record)
     save_figure(weights_figure(made), f"{out}.weights.png", 100)
     print(f"video    {out}\nrecord   {out}.json\nweights  {out}.weights.png")
 

@@ -45,8 +45,8 @@ from dualreal.video import (
     stream_video,
 )
 
-from .core import InputError, atomic_path, environment, pick_device, write_json
-from .data import Item, first_frame, identity_files, motion_files
+from .core import InputError, atomic_path, environment, few, pick_device, write_json
+from .data import Item, first_frame, identity_files, motion_files, prompt_list
 from .encoders import Missing, load_encoders
 from .store import Store, cache_folder, check_writable, fingerprint, read_record
 
@@ -387,18 +387,11 @@ def _find_videos(folder) -> tuple[list, list]: # videos in natural order, notes
     return videos, [f"left out, no videos: {names}"] * bool(strange)
 
 # %% ../nbs/32_evaluate.ipynb
-def _by_name(lines, path, videos): # lines: (number, text)
-    told = {}
-    for i, line in lines:
-        name, tab, prompt = (part.strip(" ") for part in line.partition("\t"))
-        if not tab: raise InputError(f"{path}, line {i}: no tab between name and prompt, as other lines have")
-        if not prompt.strip(): raise InputError(f"{path}, line {i}: no prompt after {name}")
-        if name in told: raise InputError(f"{path}, line {i}: a second prompt for {name}")
-        told[name] = prompt.strip()
+def _by_name(told, path, videos): # told: name -> prompt
     ways = lambda v: (v.name, str(Path(v.name).with_suffix("")), Path(v.name).name, Path(v.name).stem)
     given = {v.name: next((told[w] for w in ways(v) if told.get(w)), None) for v in videos}
     unknown = sorted(set(told) - {w for v in videos for w in ways(v)})
-    return given, [f"{path}: no video is named {', '.join(unknown)}"] * bool(unknown)
+    return given, [f"{path}: no video is named {few(unknown)}"] * bool(unknown)
 
 # %% ../nbs/32_evaluate.ipynb
 def _recorded_prompts(videos):
@@ -413,17 +406,13 @@ def _read_prompts(source, # a file; None
                  ) -> tuple: # dict: a video's name -> its prompt; None: none were given; and notes
     "The prompt of each video that has one: of the file, else of the records beside the videos."
     if source is None: return _recorded_prompts(videos)
-    path = Path(source)
-    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"--prompts {path}: no UTF-8 text is there") from e
-    said = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not said: raise InputError(f"--prompts {path}: the file is empty")
-    if any("\t" in line for _, line in said): return _by_name(said, path, videos)
+    said = prompt_list(source)
+    if said[0][0] is not None: return _by_name(dict(said), source, videos)
     if len(said) != len(videos):
-        raise InputError(f"--prompts {path}: {len(said)} prompts for {len(videos)} videos; give one line for "
-                         "each in the order of their names, or lines of name<TAB>prompt for some")
-    return {v.name: line.strip() for v, (_, line) in zip(videos, said)}, []
+        count = f"{len(said)} prompts for {len(videos)} videos"
+        raise InputError(f"--prompts {source}: {count}; give one line for each in the order of their "
+                         "names, or lines of name<TAB>prompt for some")
+    return {v.name: prompt for v, (_, prompt) in zip(videos, said)}, []
 
 # %% ../nbs/32_evaluate.ipynb
 _VERSION = 2 # of the arithmetic: a change here makes every kept result worthless

@@ -229,9 +229,16 @@ _TRAINED = "as in training"
 @dataclass
 class GenerateConfig:
     "A video of an adapter."
-    adapter: str = option(..., "a training run, an adapter file, a published .pth", shown="DIR")
-    prompt: str = option(..., 'what the video shows, e.g. "a dog * is playing guitar"')
-    out: str = option(..., "FILE.mp4 or FILE.gif", shown="FILE")
+    adapter: str = option(..., "a training run, an adapter file, a published .pth, or owner/name of the Hub",
+                          shown="DIR")
+    out: str = option(..., "FILE.mp4 or FILE.gif; for several videos a folder", shown="FILE")
+    prompt: str | None = option(None, 'what the video shows, e.g. "a dog * is playing guitar"')
+    prompts: str | None = option(None, "instead: a line for each prompt, or name<TAB>prompt", shown="FILE")
+    videos: int | None = option(None, "how many: prompts in turn, seeds counting up", "videos",
+                                "one for each prompt", least=1)
+    negative_prompt: str = option("", "what the video shall not show")
+    lora: list | None = option(None, "a LoRA beside the adapter, with its weight; may be repeated",
+                               shown="PATH[:WEIGHT]")
     base: str | None = _like(TrainConfig, "base", None, unset="the base that the adapter names")
     seed: int = _like(TrainConfig, "seed")
     dial: float = option(0., "-1 (motion) to 1 (identity); 0 leaves the controller alone", least=-1, most=1)

@@ -11,6 +11,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from diffusers import CogVideoXPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,6 +23,7 @@ from dualreal.checkpoint import load_adapter, read_adapter
 from dualreal.cli import main, parser
 from dualreal.generate import generate as generate_frames
 from dualreal.settings import TrainConfig, WatchConfig, as_flags, from_flags
+from dualreal.store import read_record
 from dualreal.toy.world import HELD_OUT_SUBJECTS, plate, render, write_case
 from dualreal.video import read_video, write_video
 
@@ -427,9 +430,52 @@ def test_prompts_that_ask_for_nothing(trained, tmp_path, capsys):
     nothing = generate(trained, tmp_path / "a.mp4", "--prompt", "  ")
     assert "--prompt is empty" in complaint(capsys, 2, *nothing)
     frames_of(trained, tmp_path / "b.mp4", "--prompt", "a cat is swinging")
-    assert 'note: --prompt has no "*": the adapter knows its subject as "cat *"' in capsys.readouterr().out
+    said = """note: no "*" in 'a cat is swinging': the adapter knows its subject as "cat *\""""
+    assert said in capsys.readouterr().out
     frames_of(trained, tmp_path / "c.mp4")
-    assert "has no" not in capsys.readouterr().out
+    assert "note" not in capsys.readouterr().out
+
+
+def test_generate_many(trained, tmp_path, capsys):
+    "Prompts in turn, seeds counting up; each video is the one that its own command makes."
+    frames_of(trained, tmp_path / "one", "--videos", "2", "--seed", "7")
+    for i in (0, 1):
+        frames_of(trained, tmp_path / f"alone{i}.mp4", "--seed", 7 + i)
+        both = [read_video(f)[0] for f in (tmp_path / f"one/0{i}.mp4", tmp_path / f"alone{i}.mp4")]
+        assert np.array_equal(*both)
+    named = "near\ta cat * is swinging\nfar.mp4\ta cat * is swinging in the snow\n"
+    (tmp_path / "asked.txt").write_text(named)
+    words = ["generate", "--adapter", str(trained), "--prompts", str(tmp_path / "asked.txt"), "--steps", "2"]
+    assert main([*words, "--out", str(tmp_path / "named")]) == 0
+    assert sorted(p.name for p in (tmp_path / "named").glob("*.mp4")) == ["far.mp4", "near.mp4"]
+    assert read_record(tmp_path / "named/far.mp4")["prompt"] == "a cat * is swinging in the snow"
+    assert main([*words, "--videos", "3", "--out", str(tmp_path / "three")]) == 0
+    told = [read_record(tmp_path / f"three/0{i}.mp4") for i in range(3)]
+    assert [t["seed"] for t in told] == [42, 43, 44]
+    assert told[0]["prompt"] == told[2]["prompt"] != told[1]["prompt"]
+    assert "is there already" in complaint(capsys, 2, *words, "--out", str(tmp_path / "named"))
+    assert "leave .mp4 off" in complaint(capsys, 2, *words, "--out", str(tmp_path / "x.mp4"))
+    assert "give --prompt" in complaint(capsys, 2, *words, "--prompt", "a", "--out", str(tmp_path / "x"))
+
+
+def test_generate_otherwise(trained, tmp_path, capsys):
+    "A negative prompt and a LoRA change the video, are recorded, and weight 0 changes nothing."
+    plain = frames_of(trained, tmp_path / "plain.mp4")
+    assert not np.array_equal(frames_of(trained, tmp_path / "no.mp4", "--negative-prompt", "grass"), plain)
+    assert read_record(tmp_path / "no.mp4")["negative_prompt"] == "grass"
+    transformer = load_base("toy").transformer
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    transformer.add_adapter(config, "style")
+    state = get_peft_model_state_dict(transformer, adapter_name="style")
+    CogVideoXPipeline.save_lora_weights(tmp_path / "style", state)
+    lora = tmp_path / "style/pytorch_lora_weights.safetensors"
+    for i, path in enumerate((lora, lora.parent)):
+        assert not np.array_equal(frames_of(trained, tmp_path / f"with{i}.mp4", "--lora", path), plain)
+    assert read_record(tmp_path / "with0.mp4")["lora"] == [str(lora)]
+    assert np.array_equal(frames_of(trained, tmp_path / "off.mp4", "--lora", f"{lora}:0"), plain)
+    wrong = trained / "adapter.safetensors"
+    for path, says in (("no.safetensors:.5", "does not exist"), (wrong, "is no LoRA for this base")):
+        assert says in complaint(capsys, 2, *generate(trained, tmp_path / "x.mp4", "--lora", path))
 
 
 def test_train_warns_of_captions(home, tmp_path, capsys):
