@@ -178,7 +178,7 @@ def sized(base,    # a pipeline, or its folder
     size = replace(base_size(base), **{k: v for k, v in given.items() if v is not None})
     check_picture(base, size.height, size.width)
     if size.frames < 1 or size.frames % 8 != 1:
-        near = max(1, 8*round((size.frames - 1)/8) + 1)
+        near = min(max(1, 8*round((size.frames - 1)/8) + 1), base_size(base).frames) # it knows no more
         raise InputError(f"{size.frames} frames: this base generates 8k+1 frames (1, 9, 17, …); try {near}")
     if size.steps < 1: raise InputError(f"steps {size.steps}: give at least 1")
     if not 0 <= size.guidance < float("inf"):

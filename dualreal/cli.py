@@ -27,8 +27,9 @@ from .core import InputError, few, write_json
 def main(argv=None) -> int: # arguments without the program's name; default: the command line
     "Run one command; the exit status."
     _quiet()
-    try: args = parser().parse_args(argv)
+    try: args = parser(_own_of(sys.argv[1:] if argv is None else argv)).parse_args(argv)
     except SystemExit as e: return e.code or 0
+    except InputError as e: return _fail(e, 2)
     try:
         if args.run is None: return parser().print_help(sys.stderr) or 2
         return args.run(*(settings.from_flags(cls, args) for cls in args.takes)) or 0
@@ -62,6 +63,12 @@ def _sentence(e):
     if "try --" in said: return str(e) # advice already
     return next((advice for signs, advice in _KNOWN.items() if any(sign in said for sign in signs)), said)
 
+def _no_bars():
+    "Loading takes seconds: its bars are only noise between ours."
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers): library.utils.logging.disable_progress_bar()
+
 def _quiet():
     "The libraries' notices are not the user's business, nor are their bars in a log file; their errors are."
     wanted = dict(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
@@ -85,6 +92,7 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     find_sizes(config.base)
     from dualreal.trainer import train  # with PyTorch: what was refused did not wait for it
+    _no_bars()
     score = _preview_scorer(watch.score_previews, config) if watch.score_previews else None
     _warn(config)
     path = train(config, watch.log and _step_log(watch.log), score=score)
@@ -92,6 +100,7 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     print(f"adapter        {path}\ncontact sheet  {path.parent/'contact_sheet.png'}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
     _say_best(path.parent)
+    _say_next(path.parent, config)
 
 def _warn(config):
     "What `check` would warn of without reading a file, once, and what is going to happen."
@@ -125,6 +134,15 @@ def _say_best(out):
           f'  dualreal generate --adapter {folder} --prompt "{prompt}" --out video.mp4')
 
 # %% ../nbs/52_cli.ipynb
+def _say_next(out, config):
+    prompt = json.loads((out/"run.json").read_text(encoding="utf-8"))["words"]["prompts"][0]
+    toy = " --encoders toy" if config.base == "toy" else ""
+    said = [f'dualreal generate --adapter {out} --prompt "{prompt}" --out video.mp4']
+    if config.samples: said.append(f"dualreal evaluate --videos {out/'samples'} --identity {config.identity} "
+                                   f"--motion {config.motion}{toy} --out {out/'scores'}")
+    print("next", *said, f"dualreal card {out}", sep="\n  ")
+
+# %% ../nbs/52_cli.ipynb
 def _step_log(path):
     "What `train` calls after each step: one line more."
     from dualreal.store import check_writable
@@ -150,6 +168,7 @@ def _run_generate(args:settings.GenerateConfig):
     from dualreal.generate import CACHES, add_loras, generate, last_words, open_pipe, parse_lora
     if args.approximate not in (None, *CACHES):
         raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
+    _no_bars()
     loras, adapter = [*map(parse_lora, args.lora or [])], read_adapter(file)
     _note_star(adapter, [prompt for _, prompt, _ in asked])
     given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
@@ -332,6 +351,7 @@ def _run_demo(config:settings.DemoConfig):
     if config.steps is None: config = replace(config, steps=base_size(find_base("toy")).training["steps"])
     _check_demo(config)
     from dualreal.trainer import train
+    _no_bars()
     print(f"toy demo: subject {config.subject}, motion {config.motion}; both unknown to the toy base")
     if not (out/"run"/"config.json").exists(): write_case(out/"case", config.subject, config.motion)
     write_json(out/"demo.json", {k: v for k, v in vars(config).items() if k != "out"})
@@ -531,7 +551,19 @@ class _Parser(argparse.ArgumentParser):
         return found, unknown
 
 # %% ../nbs/52_cli.ipynb
-def parser() -> argparse.ArgumentParser:
+def _own_of(words) -> dict: # of the command line
+    "Whoever asks for help on training and names a base: the defaults of that base."
+    names = [b for a, b in zip(words, words[1:]) if a == "--base"] + [
+        a.removeprefix("--base=") for a in words if a.startswith("--base=")]
+    if not names or words[0] != "train" or not {"-h", "--help"} & {*words}: return {}
+    from dualreal.base import base_size, find_sizes
+    size = base_size(find_sizes(names[-1]))
+    known = "height width frames fps rank groups reference_encoder".split()
+    own = {k: getattr(size, k) for k in known}
+    return settings.PUBLISHED | own | size.training
+
+def parser(own:dict=None # defaults of training that are known
+          ) -> argparse.ArgumentParser:
     "All commands and their flags."
     from dualreal import __version__
     says = "Videos of your subject doing that motion: joint identity-motion adapters."
@@ -542,7 +574,7 @@ def parser() -> argparse.ArgumentParser:
     for run, classes in _COMMANDS.items():
         name, text = run.__doc__.removeprefix("dualreal ").split(": ", 1)
         p = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for cls in classes: settings.add_flags(p, cls)
+        for cls in classes: settings.add_flags(p, cls, own if cls is settings.TrainConfig else None)
         p.set_defaults(run=run, takes=classes)
     return top
 

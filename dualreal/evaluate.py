@@ -386,6 +386,17 @@ def _find_videos(folder) -> tuple[list, list]: # videos in natural order, notes
     names = ", ".join(inside(p) for p in strange[:5]) + (", ..." if len(strange) > 5 else "")
     return videos, [f"left out, no videos: {names}"] * bool(strange)
 
+def _once(videos) -> tuple: # the videos without copies, notes
+    "A video that is there twice counts once: a copy is no second sample."
+    sizes = Counter(v.path.stat().st_size for v in videos if v.path.is_file())
+    first, notes = {}, []
+    for v in videos:
+        twin = v.path.is_file() and sizes[v.path.stat().st_size] > 1
+        key = fingerprint(v.path) if twin else v.name
+        if first.setdefault(key, v) is not v:
+            notes.append(f"{v.name}: the same video as {first[key].name}, counted once")
+    return [*first.values()], notes
+
 # %% ../nbs/32_evaluate.ipynb
 def _by_name(told, path, videos): # told: name -> prompt
     ways = lambda v: (v.name, str(Path(v.name).with_suffix("")), Path(v.name).name, Path(v.name).stem)
@@ -604,6 +615,7 @@ def evaluate(videos, identity, # folders
     "Score every video of a folder; `InputError` for wrong arguments, a row with `error` for a bad video."
     found, notes = _find_videos(videos)
     said, more = _read_prompts(prompts, found)
+    found, same = _once(found)
     truth = _Truth.parsed(truth)
     if out is not None: check_writable(out, "give another --out folder")
     store = Store(cache_folder(cache) / "evaluate")
@@ -612,7 +624,7 @@ def evaluate(videos, identity, # folders
         encoders = load_encoders(encoders, weights, flow, midpoint, pick_device(device))
     job, start = _Job(encoders, references, _Kept(store), said, truth), time.perf_counter()
     rows = [_video_row(job, v) for v in tqdm(found, "videos", unit="video", disable=not progress)]
-    report = _report(job, rows, notes + more + also, given, time.perf_counter() - start)
+    report = _report(job, rows, notes + more + same + also, given, time.perf_counter() - start)
     if out is not None: _write(report, found, job, Path(out))
     return report
 

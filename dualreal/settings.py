@@ -356,10 +356,11 @@ class StudioConfig:
     browser: bool = option(True, "False: open no browser")
 
 # %% ../nbs/10_settings.ipynb
-def add_flags(parser:argparse.ArgumentParser, cls):
+def add_flags(parser:argparse.ArgumentParser, cls,
+              own:dict=None): # defaults that are known, as those of a base
     "An argument for each setting of a class; what is not said stays out of what the parser finds."
     for one in fields(cls):
-        told, how = one.metadata, dict(help=_help(one))
+        told, how = one.metadata, dict(help=_help(one, (own or {}).get(one.name)))
         if told["place"]: parser.add_argument(one.name, **how, **_value(one))
         else:
             how |= dict(dest=one.name, default=argparse.SUPPRESS)
@@ -393,12 +394,12 @@ def _value(one):
     if told["bare"]: how |= dict(nargs="?", const=told["bare"])
     return how
 
-def _help(one):
+def _help(one, own=None): # own: the default, where it is known
     "A setting in a line, with its unit and its default."
     said, unit = one.metadata["help"].removeprefix("False: "), one.metadata["unit"]
     if unit and unit not in said: said += f", in {unit}"
     if one.default is MISSING or isinstance(one.default, bool): return said
-    default = _default(one)
+    default = _default(one) if own is None else f"{own:g}" if isinstance(own, float) else own
     return f"{said} (default: {default})" if default else said
 
 # %% ../nbs/10_settings.ipynb

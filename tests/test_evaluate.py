@@ -285,13 +285,24 @@ def test_link_in_a_circle(fakes):
 
 def test_name_that_is_no_text(fakes):
     "Linux takes any bytes for a name: one bad video, and the report is written all the same."
-    for name in "ab": write_video(f"videos/{name}.mp4", noise())
+    for i, name in enumerate("ab"): write_video(f"videos/{name}.mp4", noise(seed=i))
     try: Path("videos/a.mp4").rename(os.fsdecode(b"videos/caf\xe9.mp4"))
     except OSError: pytest.skip("this file system takes UTF-8 only")
     score(fakes, out="out")
     good, row = json.loads(Path("out/report.json").read_text(encoding="utf-8"))["videos"]
     assert os.fsencode(row["name"]) == b"caf\xe9.mp4" and len(write_pages("out")) == 3
     assert "not UTF-8: rename it" in row["error"] and good["error"] is None
+
+
+def test_a_copy_counts_once(fakes):
+    "Two files of one content are one sample; a prompt beside a video is its own."
+    for i, name in enumerate("abc"): write_video(f"videos/{name}.mp4", noise(seed=i % 2))
+    Path("videos/a.mp4.json").write_text('{"prompt": "a cat"}')
+    report = score(fakes)
+    assert [row["name"] for row in report["videos"]] == ["a.mp4", "b.mp4"]
+    assert "c.mp4: the same video as a.mp4, counted once" in report["notes"]
+    assert "prompts: of the records beside 1 of 3 videos" in report["notes"]
+    assert report["videos"][0]["clip_t"] is not None and report["videos"][1]["clip_t"] is None
 
 
 def test_identity_of_clips(fakes):
