@@ -99,8 +99,8 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     if os.environ.get("RANK", "0") != "0": return # of several processes, one reports
     print(f"adapter        {path}\ncontact sheet  {path.parent/'contact_sheet.png'}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
-    _say_best(path.parent)
     _say_next(path.parent, config)
+    _say_best(path.parent)
 
 def _warn(config):
     "What `check` would warn of without reading a file, once, and what is going to happen."
