@@ -219,7 +219,7 @@ def _published(key, folder, device):
     where = f"{source} is not there" if source else "no folder of weights was named"
     how = f"download {get}" if get.startswith("http") else f"get it with `{get}`"
     return Missing(name, f"{name} ({size} MB): {where}, and {why}; {how}, save it as {file} in a folder "
-                   "and name that with --weights")
+                   "and name that with --weights; videos of toyworld need none: --encoders toy")
 
 # %% ../nbs/31_encoders.ipynb
 def _reachable(url:str) -> bool:

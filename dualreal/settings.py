@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = ['PUBLISHED', 'MAY_DIFFER', 'option', 'checked', 'BaseSize', 'TrainConfig', 'completed', 'WatchConfig', 'CheckConfig',
            'GenerateConfig', 'EvaluateConfig', 'BenchConfig', 'InspectConfig', 'ConvertConfig', 'CardConfig',
-           'DemoConfig', 'StudioConfig', 'add_flags', 'from_flags', 'as_flags']
+           'PushConfig', 'DemoConfig', 'StudioConfig', 'add_flags', 'from_flags', 'as_flags']
 
 # %% ../nbs/10_settings.ipynb
 import argparse
@@ -337,6 +337,15 @@ class CardConfig:
                                 unset="DIR, DIR/scores", shown="PATH")
     license: str = option("unknown", "identifier of the Hub, as cc-by-4.0")
     repo: str = option("USER/NAME", "where it will be shared")
+
+@dataclass
+class PushConfig:
+    "What is sent to the Hub, and where."
+    path: str = _like(CardConfig, "path")
+    repo: str = option(..., "owner/name on the Hub", shown="OWNER/NAME", place=True)
+    public: bool = option(False, "everybody may see it; otherwise it is private")
+    report: str | None = _like(CardConfig, "report")
+    license: str = _like(CardConfig, "license")
 
 # %% ../nbs/10_settings.ipynb
 @dataclass
