@@ -336,7 +336,7 @@ METHODS = dict(
     none_fixed=_ablation("our none, fixed weights", coupling="none", controller=False),
     one_way=_ablation("our one-way, controller", coupling="one-way"))
 
-SWEEPS = dict(groups=(1, 2, 3, 6, 7, 42), motion_ratio=(.1, .25, .5, .75, .9), rank=(4, 8, 16, 64, 128),
+SWEEPS = dict(groups=(1, 2, 3, 6, 7, 8, 42), motion_ratio=(.1, .25, .5, .75, .9), rank=(4, 8, 16, 64, 128),
               scale=(.05, .2, .5, 1., 2.))
 METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
             for k, values in SWEEPS.items() for v in values}
