@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from . import settings
-from .core import InputError, few, write_json
+from .core import InputError, counted, few, write_json
 
 # %% ../nbs/52_cli.ipynb
 def main(argv=None) -> int: # arguments without the program's name; default: the command line
@@ -63,6 +63,10 @@ def _sentence(e):
     if "try --" in said: return str(e) # advice already
     return next((advice for signs, advice in _KNOWN.items() if any(sign in said for sign in signs)), said)
 
+def _alive():
+    "A sign of life on a terminal, before seconds of loading PyTorch."
+    if sys.stderr.isatty(): print("dualreal: loading …", file=sys.stderr, flush=True)
+
 def _no_bars():
     "Loading takes seconds: its bars are only noise between ours."
     import diffusers
@@ -91,6 +95,7 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
         return
     load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     find_sizes(config.base)
+    _alive()
     from dualreal.trainer import train  # with PyTorch: what was refused did not wait for it
     _no_bars()
     score = _preview_scorer(watch.score_previews, config) if watch.score_previews else None
@@ -109,7 +114,8 @@ def _warn(config):
     if os.environ.get("RANK", "0") != "0": return
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     for text in case_warnings(case): print(text)
-    print(f"{len(case.identity)} images, {len(case.motion)} clips: encoding, then training")
+    found = counted(len(case.identity), "image"), counted(len(case.motion), "clip")
+    print(f"{', '.join(found)}: encoding, then training")
 
 # %% ../nbs/52_cli.ipynb
 def _preview_scorer(which, config):
@@ -164,6 +170,7 @@ def _run_generate(args:settings.GenerateConfig):
     from dualreal.base import fetch_adapter, find_sizes, sized
     file = fetch_adapter(args.adapter)
     if args.base: find_sizes(args.base)
+    _alive()
     from dualreal.checkpoint import read_adapter  # with PyTorch: what was refused did not wait
     from dualreal.generate import CACHES, add_loras, generate, last_words, open_pipe, parse_lora
     if args.approximate not in (None, *CACHES):
@@ -239,12 +246,17 @@ def _reference(args, adapter):
 # %% ../nbs/52_cli.ipynb
 def _run_evaluate(config:settings.EvaluateConfig):
     "dualreal evaluate: a folder of videos to metrics, tables and contact sheets."
+    for name in ("videos", "identity"):
+        if not Path(getattr(config, name)).is_dir():
+            raise InputError(f"--{name} {getattr(config, name)}: no folder is there")
+    _alive()
     import dualreal.toy.truth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.evaluate import evaluate, status
     from dualreal.report import cells, write_pages
     report = evaluate(**vars(config))
     counts = report["counts"]
-    print(f"{counts['videos']} videos, {counts['cached']} known already, {counts['failed']} unreadable")
+    known = f"{counts['cached']} known already, {counts['failed']} unreadable"
+    print(f"{counted(counts['videos'], 'video')}, {known}")
     for name, mean in cells(dict(mean=report["summary"])).T["mean"].items(): print(f"{name:34} {mean}")
     for row in report["videos"]:
         own = sorted({why for why in row["why"].values() if not why.startswith("not computed")})
@@ -262,6 +274,7 @@ def _run_check(config:settings.CheckConfig):
     from dualreal.doctor import case_sheet, check_case, format_report
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     folder = find_sizes(config.base)
+    _alive()
     from transformers import AutoTokenizer  # seconds
     base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
@@ -286,6 +299,7 @@ def _run_inspect(config:settings.InspectConfig):
     "dualreal inspect: what an adapter file says about itself."
     from dualreal.base import fetch_adapter
     file = fetch_adapter(config.path)
+    _alive()
     from dualreal.checkpoint import read_adapter
     adapter = read_adapter(file)
     path, info, tensors = adapter.source, adapter.info, adapter.tensors
@@ -335,6 +349,7 @@ def _run_card(config:settings.CardConfig):
     "dualreal card: a model card beside the adapter, for the Hub."
     from dualreal.store import find_adapter
     file = find_adapter(config.path)
+    _alive()
     from dualreal.card import report_of, upload_command, write_card
     card = write_card(config.path, config.report, config.license, config.repo)
     print(f"card    {card}\nupload  {upload_command(card, file, config.repo)}")
@@ -347,7 +362,8 @@ def _run_push(config:settings.PushConfig):
     from dualreal.base import is_hub_id
     from dualreal.store import find_adapter
     find_adapter(config.path)
-    if not is_hub_id(config.repo): raise InputError(f"{config.repo}: give owner/name, a repository of the Hub")
+    if not is_hub_id(config.repo):
+        raise InputError(f"{config.repo}: give owner/name, a repository of the Hub")
     from dualreal.card import push, shared_files, write_card
     write_card(config.path, config.report, config.license, config.repo)
     for file in shared_files(config.path): print(f"sends  {file} ({file.stat().st_size/1e6:.1f} MB)")
@@ -362,6 +378,7 @@ def _run_demo(config:settings.DemoConfig):
     out, start = Path(config.out), time.perf_counter()
     if config.steps is None: config = replace(config, steps=base_size(find_base("toy")).training["steps"])
     _check_demo(config)
+    _alive()
     from dualreal.trainer import train
     _no_bars()
     print(f"toy demo: subject {config.subject}, motion {config.motion}; both unknown to the toy base")
@@ -456,6 +473,9 @@ def _numbers(text, kind, flag): # "0,1" -> [0, 1]
 # %% ../nbs/52_cli.ipynb
 def _run_bench(args):
     "dualreal bench: methods compared, case by case."
+    if args.bench.endswith(".json") and not Path(args.bench).is_file():
+        raise InputError(f"benchmark {args.bench!r}: there is no such file")
+    _alive()
     import dualreal.toy.truth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.experiments import benchmark as b
     from dualreal.experiments import jobs, results
@@ -466,7 +486,7 @@ def _run_bench(args):
     given = {k: getattr(args, k) for k in ("base", "steps", "sampling", "videos", "data")}
     bench, methods = b.load_bench(args.bench, **numbers, **given), _split(args.methods)
     how = dict(workers=args.workers, ray=args.ray)
-    if args.action == "collect": return print(f"{results.collect(bench, out)} results collected")
+    if args.action == "collect": return print(f"{counted(results.collect(bench, out), 'result')} collected")
     if args.action == "search":
         found = jobs.search(bench, out, args.tries, methods, **how) if args.tries \
             else jobs.search_lr(bench, out, methods, **how)
@@ -536,6 +556,7 @@ def _bench_data(args):
 # %% ../nbs/52_cli.ipynb
 def _run_studio(config:settings.StudioConfig):
     "dualreal studio: the package behind buttons, as a page."
+    _alive()
     if not 0 < config.port < 65536: raise InputError(f"--port {config.port}: give a number from 1 to 65535")
     from dualreal.studio import serve
     return serve(config.out, config.port, config.browser)

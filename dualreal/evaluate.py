@@ -45,7 +45,7 @@ from dualreal.video import (
     stream_video,
 )
 
-from .core import InputError, atomic_path, environment, few, pick_device, write_json
+from .core import InputError, atomic_path, counted, environment, few, pick_device, write_json
 from .data import Item, first_frame, identity_files, motion_files, prompt_list
 from .encoders import Missing, load_encoders
 from .store import Store, cache_folder, check_writable, fingerprint, read_record
@@ -409,7 +409,7 @@ def _recorded_prompts(videos):
     "As `_read_prompts`, from what `generate` and `train` wrote beside the videos."
     said = {v.name: read_record(v.path).get("prompt") for v in videos}
     count = sum(p is not None for p in said.values())
-    note = f"prompts: of the records beside {count} of {len(videos)} videos"
+    note = f"prompts: of the records beside {count} of {counted(len(videos), 'video')}"
     return (said, [note]) if count else (None, [])
 
 def _read_prompts(source, # a file; None
@@ -420,7 +420,7 @@ def _read_prompts(source, # a file; None
     said = prompt_list(source)
     if said[0][0] is not None: return _by_name(dict(said), source, videos)
     if len(said) != len(videos):
-        count = f"{len(said)} prompts for {len(videos)} videos"
+        count = f"{counted(len(said), 'prompt')} for {counted(len(videos), 'video')}"
         raise InputError(f"--prompts {source}: {count}; give one line for each in the order of their "
                          "names, or lines of name<TAB>prompt for some")
     return {v.name: prompt for v, (_, prompt) in zip(videos, said)}, []

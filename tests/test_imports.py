@@ -216,7 +216,8 @@ def test_what_is_not_there_needs_no_torch(tmp_path):
     (tmp_path/"base").mkdir()
     words = ("check --identity no --motion no", "train --identity no --motion no --out run", "inspect no",
              "generate --adapter no --prompt a --out a.mp4", "convert no a.pth", "card no",
-             "studio --port 70000", "demo --subject no")
+             "studio --port 70000", "demo --subject no", "evaluate --videos no --identity no --out o",
+             "bench run --bench no.json", "push no me/cat")
     without_torch([line.split() for line in words], 2, tmp_path)
 
 
