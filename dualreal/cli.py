@@ -84,16 +84,26 @@ def _quiet():
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
 
 # %% ../nbs/52_cli.ipynb
+def _loaded(config):
+    "The case; `InputError` with all that is wrong with its folders, not only the first."
+    from dualreal.data import case_faults, load_case
+    given = config.identity, config.motion, config.identity_prompt, config.motion_prompt
+    try: return load_case(*given)
+    except InputError:
+        first, *more = case_faults(*given) or [""]
+        if not more: raise
+        said = "; ".join(text.rstrip(".") for text in (first, *more[:2]))
+        raise InputError(said + f"; and {len(more) - 2} more" * (len(more) > 2)) from None
+
 def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     "dualreal train: folders in, an adapter out."
     settings.checked(config)
     from dualreal.base import find_sizes
-    from dualreal.data import load_case
     from dualreal.store import check_out
     if check_out(config.out, config.resume):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
-    load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    _loaded(config)
     find_sizes(config.base)
     _alive()
     from dualreal.trainer import train  # with PyTorch: what was refused did not wait for it
@@ -270,9 +280,9 @@ def _run_evaluate(config:settings.EvaluateConfig):
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
     from dualreal.base import base_size, check_picture, find_sizes
-    from dualreal.data import MIN_CLIP, load_case
+    from dualreal.data import MIN_CLIP
     from dualreal.doctor import case_sheet, check_case, format_report
-    case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    case = _loaded(config)
     folder = find_sizes(config.base)
     _alive()
     from transformers import AutoTokenizer  # seconds

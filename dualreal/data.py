@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['MIN_CLIP', 'Item', 'Case', 'identity_files', 'motion_files', 'prompt_list', 'joint_prompt', 'load_case',
-           'source_frames', 'first_frame', 'read_item']
+           'case_faults', 'source_frames', 'first_frame', 'read_item']
 
 # %% ../nbs/13_data.ipynb
 import math
@@ -318,6 +318,29 @@ def load_case(identity: str | Path,  # folder of the subject's images
     for item in subjects:
         _class_word(item.prompt)
     return Case(subjects, clips, _class_word(one), one, other, _motion_words(other), left + out)
+
+# %% ../nbs/13_data.ipynb
+def _half_faults(folder, role, prompt) -> list[str]:
+    "What is wrong with one half of a case."
+    try: files, _ = (identity_files if role == "identity" else motion_files)(folder)
+    except InputError as error: return [str(error)]
+    found = []
+    for file in files:
+        try: video.read_image(file) if role == "identity" and file.is_file() else video.clip_facts(file)
+        except InputError as error: found.append(str(error))
+    try: _shared_caption(_captions(folder, files, role, prompt), role)
+    except InputError as error: found.append(str(error))
+    return found
+
+
+def case_faults(identity: str | Path,  # these as for `load_case`
+                motion: str | Path,
+                identity_prompt: str | None = None,
+                motion_prompt: str | None = None
+                ) -> list[str]:  # sentences
+    "Everything that is wrong with two folders."
+    halves = (identity, "identity", identity_prompt), (motion, "motion", motion_prompt)
+    return [fault for half in halves for fault in _half_faults(*half)]
 
 # %% ../nbs/13_data.ipynb
 MIN_CLIP = 5  # frames: the smallest 4k + 1 that holds motion

@@ -542,3 +542,16 @@ def test_two_trainings_at_once(home, case, capsys):
     (case / "run/.lock").touch()  # of a process that was killed
     assert main(["train", *map(str, case_of(case, home / "tiny")), "--out", f"{case}/run", "--steps", "1",
                  "--samples", "0", "--reference-encoder", "none"]) == 0
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_one_look_names_all_faults(home, case, capsys, command):
+    "A picture that is none, a clip that is cut, and captions that are missing: in one sentence."
+    (case / "one/0.png").write_bytes(b"no picture")
+    (case / "one/prompts.txt").unlink()
+    clip = case / "wave/1.mp4"
+    clip.write_bytes(clip.read_bytes()[:300])
+    more = ["--out", case / "run"] if command == "train" else []
+    said = complaint(capsys, command, *case_of(case, home / "tiny"), *more)
+    places = [said.index(word) for word in ("0.png", "no identity caption", "1.mp4")]
+    assert places == sorted(places)
