@@ -521,7 +521,7 @@ def test_cases_that_cannot_run_are_left_out(home, tmp_path, folder, capsys):
     assert command("status", "--cases", "dog6-playingGuitar") == 0
     assert "left out" not in capsys.readouterr().err
     assert command("run", "--cases", "dog6-PullUps") == 2
-    assert "lacks pictures or clips of dog6-PullUps, so no case" in capsys.readouterr().err
+    assert "lacks pictures or clips of dog6-PullUps: no case" in capsys.readouterr().err
     assert absent(load_bench(str(tmp_path / "mine.json"))) == ["cat-playingGuitar", "dog6-PullUps"]
 
 
