@@ -176,7 +176,7 @@ class _Conductor(_DualRealLayer):
     "Beside the patch embedding: asks the controllers and holds the blend of this forward pass."
     adapter_layer_names, other_param_names = ("dualreal_controller",), ("scaling", "configs", "last")
 
-    def __init__(self, tokens, transformer, time):
+    def __init__(self, tokens, transformer, time, last): # last: the last block
         super().__init__(tokens)
         self.dualreal_controller = nn.ModuleDict()
         self.configs, self.last, self.reference, self.dial = {}, {}, None, 0.
@@ -185,7 +185,7 @@ class _Conductor(_DualRealLayer):
         of = lambda moment: partial(moment, [tokens])
         self.handles = [transformer.register_forward_pre_hook(of(_begin)),
                         time.register_forward_hook(partial(_note, self.time)),
-                        tokens.register_forward_hook(of(_fill)),
+                        tokens.register_forward_hook(of(_fill)), last.register_forward_hook(of(_forget)),
                         transformer.register_forward_hook(of(_finish), always_call=True)]
         skipped = getattr(transformer, "_skip_layerwise_casting_patterns", None) or ()
         transformer._skip_layerwise_casting_patterns = (*skipped, "dualreal") # small, and needed as they are
@@ -199,22 +199,25 @@ class _Conductor(_DualRealLayer):
 
     def begin(self, transformer):
         if self.disable_adapters or not self.running: return
-        self.blend = {} # adapter: weights (B, n) of both sides, reference, acting
+        self.blend = {}
         if not getattr(transformer, "gradient_checkpointing", False) or torch.compiler.is_compiling(): return
-        stock, conductor, blend = transformer._gradient_checkpointing_func, self, self.blend
+        stock, conductor = transformer._gradient_checkpointing_func, self
         def remembering(block, *args, **kwargs):
-            return stock(Recalled(block, conductor, blend), *args, **kwargs)
+            return stock(Recalled(block, conductor, conductor.blend), *args, **kwargs)
         self.checkpoint, transformer._gradient_checkpointing_func = stock, remembering
 
     def finish(self, transformer):
         if self.checkpoint is not None: transformer._gradient_checkpointing_func = self.checkpoint
-        self.blend, self.time[0], self.checkpoint = None, None, None
+        self.checkpoint = None
+        self.forget()
+
+    def forget(self): self.blend, self.time[0] = None, None
 
     def fill(self, tokens):
         "Weigh identity and motion for every active adapter."
         if self.disable_adapters or not self.running: return
         if self.blend is None: raise RuntimeError("call the transformer itself: its .forward runs no hooks")
-        for name in self.running: self.blend[name] = self.weigh(name, tokens)
+        self.blend = {name: self.weigh(name, tokens) for name in self.running}
 
 def _begin(at, transformer, args): # at: the patch embedding, in a list
     if at[0].dualreal is not None: at[0].dualreal.begin(transformer)
@@ -223,6 +226,9 @@ def _note(time, module, args, output): time[0] = output
 
 def _fill(at, module, args, tokens):
     if at[0].dualreal is not None: at[0].dualreal.fill(tokens)
+
+def _forget(at, block, args, output): # after the last block: a compiled pass must not return the blend
+    if at[0].dualreal is not None: at[0].dualreal.forget()
 
 def _finish(at, transformer, args, output):
     if at[0].dualreal is not None: at[0].dualreal.finish(transformer)
@@ -303,7 +309,9 @@ def _beside(transformer, sites, module, key):
     "The layer of a stock module; the key says where the module is."
     tokens = getattr(transformer, sites.tokens)
     conductor = getattr(tokens, "dualreal", None)
-    if conductor is None: conductor = _Conductor(tokens, transformer, getattr(transformer, sites.time))
+    if conductor is None:
+        last = getattr(transformer, sites.blocks)[-1]
+        conductor = _Conductor(tokens, transformer, getattr(transformer, sites.time), last)
     if key == sites.tokens: return conductor
     kind = AttentionSite if key.endswith(f".{sites.attention}") else FeedForwardSite
     return kind(module, int(key.split(".")[-2]), conductor)
