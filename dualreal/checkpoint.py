@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from .bottleneck import BottleneckPair
 from .core import InputError, atomic_path, few
+from .family import families, family_of, named_family
 from .stageblender import FixedBlend, StageBlender
 from .store import FILE, PICKLES, find_adapter
 from .tuner import AttentionSite, DualRealConfig, Site, conductor_of
@@ -27,13 +28,13 @@ _DIMENSION = {"id": "identity", "motion": "motion"}
 _LINEAR = {"down_linear": "down", "up_linear": "up", "condition_linear": "condition"}
 
 def _pair_tensors(pair:BottleneckPair,
-                 block:int,  # i, the number of the block
+                 block:str,  # the block's name: blocks of the family, and its number
                  where:str): # "attn" or "ff"
     "(published name, parameter) of each of the pair's parameters."
     for short, dimension in _DIMENSION.items():
         for published, ours in _LINEAR.items():
             linear = getattr(getattr(pair, dimension), ours, None) # a side may be absent, or its condition
-            name = f"transformer_blocks.{block}.{short}_{where}_adapter.{published}"
+            name = f"{block}.{short}_{where}_adapter.{published}"
             if linear is not None:
                 yield f"{name}.weight", linear.weight
                 yield f"{name}.bias", linear.bias
@@ -46,9 +47,10 @@ def adapter_tensors(transformer, adapter_name="default") -> dict:
         raise InputError(f"no adapter {adapter_name!r} is attached: there is {', '.join(conductor.configs)}")
     controller = conductor.dualreal_controller[adapter_name]
     tensors = {f"controller.{k}": p for k, p in controller.named_parameters()}
+    blocks = family_of(transformer).blocks
     for site in (m for m in transformer.modules() if isinstance(m, Site)):
         where = "attn" if isinstance(site, AttentionSite) else "ff"
-        tensors |= _pair_tensors(site.dualreal_bottleneck[adapter_name], site.block, where)
+        tensors |= _pair_tensors(site.dualreal_bottleneck[adapter_name], f"{blocks}.{site.block}", where)
     return tensors
 
 def published_state(transformer,             # with a DualReal adapter
@@ -91,11 +93,10 @@ def _inferred_config(tensors, # name -> tensor, published names
 
 # %% ../nbs/21_checkpoint.ipynb
 def _shape_of(transformer) -> dict:
-    "What an adapter must agree on with its base: class, blocks, width, time embedding."
-    config = transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
-    return {"class": type(transformer).__name__, "blocks": config.num_layers, "width": width,
-            "time_dim": config.time_embed_dim}
+    "What an adapter must agree on with its base: family, class, blocks, width, time embedding."
+    config, family = transformer.config, family_of(transformer)
+    return {"family": family.name, "class": family.transformer, "blocks": family.depth(config),
+            "width": family.width(config), "time_dim": family.time_width(config)}
 
 def _expected_shapes(transformer, config:DualRealConfig) -> dict:
     "Name -> shape of every tensor that an adapter of this configuration has on this transformer."
@@ -104,8 +105,9 @@ def _expected_shapes(transformer, config:DualRealConfig) -> dict:
         pair = BottleneckPair(base["width"], c.rank, c.condition_dim, c.identity, c.motion)
         controller = StageBlender(base["width"], base["time_dim"], c.groups) if c.controller else FixedBlend()
     tensors = {f"controller.{k}": p for k, p in controller.named_parameters()}
-    for block in range(base["blocks"]):
-        for where in ("attn", "ff"): tensors |= _pair_tensors(pair, block, where)
+    blocks = families()[base["family"]].blocks
+    for i in range(base["blocks"]):
+        for where in ("attn", "ff"): tensors |= _pair_tensors(pair, f"{blocks}.{i}", where)
     return {k: tuple(t.shape) for k, t in tensors.items()}
 
 # %% ../nbs/21_checkpoint.ipynb
@@ -118,14 +120,25 @@ def _check_tensors(transformer, config, tensors, source):
     said = "; ".join(f"{why}: {few(sorted(names))}" for why, names in wrong.items() if names)
     if said: raise InputError(f"{source}: tensors and configuration do not match: {said}")
 
+def _base_of(adapter) -> tuple: # family's name, number of blocks
+    "Of which family the adapter's base is, and how deep: as the file says, else as its names tell."
+    found = [m for k in adapter.tensors if (m := re.match(r"(\w+)\.(\d+)\.\w+_adapter\.", k))]
+    told = adapter.info.get("transformer", {})
+    of = named_family(transformer=told["class"]) if "class" in told else \
+        named_family(blocks=found[0][1]) if found else None
+    return told.get("family") or of and of.name, max((int(m[2]) for m in found), default=-1) + 1
+
 def _check_base(transformer, adapter):
     "`InputError` if the adapter was made for a transformer of another shape."
     tensors, info, source = adapter.tensors, adapter.info, adapter.source
     down = next((t for k, t in tensors.items() if k.endswith("_adapter.down_linear.weight")), None)
     if down is None: raise InputError(f"{source}: holds no bottlenecks: this is not a DualReal adapter")
-    blocks = {int(m[1]) for k in tensors if (m := re.match(r"transformer_blocks\.(\d+)\.", k))}
-    theirs = info.get("transformer") or {"blocks": max(blocks, default=-1) + 1, "width": down.shape[-1]}
+    of, blocks = _base_of(adapter)
+    theirs = info.get("transformer") or {"blocks": blocks, "width": down.shape[-1]}
     ours, base = _shape_of(transformer), f" ({info['base']})" if info.get("base") else ""
+    if of not in (None, ours["family"]):
+        raise InputError(f"{source}: made for a base of the family {of}{base}, and this one is of "
+                         f"{ours['family']}: an adapter cannot change families")
     wrong = ", ".join(f"{k} {v} (here {ours.get(k)})" for k, v in theirs.items() if v != ours.get(k))
     if wrong: raise InputError(f"{source}: made for another base{base}: {wrong}; load it with that one")
 
@@ -165,7 +178,10 @@ def write_adapter(adapter:Adapter,
                   path) -> Path: # *.safetensors, *.pth, or a folder, which gets adapter.safetensors
     "Write an adapter atomically; returns the file's path."
     path, tensors = Path(path), {k: t.contiguous() for k, t in adapter.tensors.items() if k != _SCALE}
-    pickled = path.suffix in PICKLES
+    pickled, (of, _) = path.suffix in PICKLES, _base_of(adapter)
+    if pickled and of and not (of in families() and families()[of].published):
+        raise InputError(f"{path}: the published format knows CogVideoX alone, and this adapter is for {of}: "
+                         "give a *.safetensors")
     if pickled: tensors = _with_scale(tensors, adapter.settings["scale"])
     elif adapter.reference is not None: tensors[_REFERENCE] = adapter.reference.detach().cpu().reshape(1, -1)
     if not pickled and path.suffix != ".safetensors": path = path/FILE
@@ -190,17 +206,18 @@ def save_adapter(transformer,            # with a DualReal adapter
 
 # %% ../nbs/21_checkpoint.ipynb
 _WRAPPED = re.compile(r"^((module|_orig_mod|transformer|diffusion_model|base_model\.model)\.)+") # DDP, PEFT …
-_PAIR = re.compile(r"^transformer_blocks\.(\d+)\.(attn1|ff)\.(?:dualreal\.)?dualreal_bottleneck\."
+_PAIR = re.compile(r"^(\w+\.\d+)\.(\w+)\.(?:dualreal\.)?dualreal_bottleneck\."
                    r"(identity|motion)\.(down|up|condition)\.(weight|bias)$")
-_CONTROLLER = re.compile(r"^patch_embed\.(?:dualreal\.)?dualreal_controller\.")
+_CONTROLLER = re.compile(r"^\w+\.(?:dualreal\.)?dualreal_controller\.")
 
 def _published_name(name):
     "The published name of a tensor that others have wrapped, or that PEFT names its way."
     name = _WRAPPED.sub("", name)
     if not (m := _PAIR.match(name)): return _CONTROLLER.sub("controller.", name)
     block, where, dimension, linear, kind = m.groups()
-    side, place = dict(identity="id", motion="motion")[dimension], dict(attn1="attn", ff="ff")[where]
-    return f"transformer_blocks.{block}.{side}_{place}_adapter.{linear}_linear.{kind}"
+    side = dict(identity="id", motion="motion")[dimension]
+    place = "attn" if where in {f.attention for f in families().values()} else "ff"
+    return f"{block}.{side}_{place}_adapter.{linear}_linear.{kind}"
 
 def read_adapter(source) -> Adapter: # a path, or a dictionary of tensors
     "The content of an adapter's file."

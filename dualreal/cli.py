@@ -192,13 +192,14 @@ def _run_generate(args:settings.GenerateConfig):
     pipe = open_pipe(adapter, args.base, args.device, args.precision, args.offload)
     add_loras(pipe, loras)
     reference, size = _reference(args, adapter), sized(pipe, **{**adapter.size, **given})
-    words = [*dict.fromkeys([args.negative_prompt, *(prompt for _, prompt, _ in asked)])]
+    negative = size.negative if args.negative_prompt is None else args.negative_prompt
+    words = [*dict.fromkeys([negative, *(prompt for _, prompt, _ in asked)])]
     texts = last_words(pipe, words, size.max_tokens, args.device, args.offload, args.compile)
     facts = dict(adapter=args.adapter, base=args.base or adapter.base)
     if loras: facts["lora"] = args.lora
     for path, prompt, seed in asked:
         made = generate(pipe, prompt, texts, reference, seed, args.dial, args.approximate,
-                        negative=args.negative_prompt, **{k: getattr(size, k) for k in _SIZES})
+                        negative=negative, **{k: getattr(size, k) for k in _SIZES})
         _write_generation(path, made, size.fps, **facts)
 
 # %% ../nbs/52_cli.ipynb

@@ -7,6 +7,7 @@ __all__ = ['Encoded', 'EncodedCase', 'check_finite', 'encode_frames', 'tile', 'r
 
 # %% ../nbs/22_encode.ipynb
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from .core import InputError
 from .data import Case, Item, first_frame, read_item
+from .family import family_of, named_family
 from .store import Store, fingerprint
 from .video import frame_files
 
@@ -23,17 +25,17 @@ class Encoded:
     "One image or clip, ready for training; tensors on the CPU, fp32."
     path: str
     prompt: str
-    mean: torch.Tensor               # latents (F, C, h, w)
+    mean: torch.Tensor               # latents, laid out as the base's family has it
     std: torch.Tensor                # same shape
     text: torch.Tensor               # (T, D)
     reference: torch.Tensor | None   # (E,): of the first frame; None without a reference encoder
     source: str = ""                 # a hash of caption and files: alike on all machines, as latents are not
 
     def sample(self,
-               factor:float,                 # the VAE's scaling factor
+               scaled:Callable,              # latents -> latents as the transformer sees them
                generator:torch.Generator):   # on the CPU
-        "Latents (F, C, h, w) drawn from the distribution, scaled."
-        return (self.mean + self.std * torch.randn(self.mean.shape, generator=generator)) * factor
+        "Latents drawn from the distribution, like `mean`."
+        return scaled(self.mean + self.std * torch.randn(self.mean.shape, generator=generator))
 
 @dataclass
 class EncodedCase:
@@ -69,18 +71,18 @@ def _check_prompt(tokenizer, prompt:str, max_tokens:int):
 def _encode_prompt(pipe, prompt:str, max_tokens:int):
     "Text embedding (1, T, D) of one prompt; the empty prompt is what guidance pushes away from."
     _check_prompt(pipe.tokenizer, prompt, max_tokens)
-    how = dict(max_sequence_length=max_tokens, device=pipe.text_encoder.device)
-    text = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, **how)[0]
+    text = family_of(pipe).read(pipe, prompt, max_tokens, pipe.text_encoder.device)
     check_finite(text, f"prompt {prompt!r}: the text encoder", text.dtype)
     return text
 
 # %% ../nbs/22_encode.ipynb
 @torch.no_grad()
-def encode_frames(vae, frames): # uint8 (F, H, W, 3), F = 4k+1
-    "Mean and standard deviation of the latents, each (F', C, h, w), fp32 on the CPU."
+def encode_frames(vae, frames): # uint8 (F, H, W, 3), as many as its family encodes
+    "Mean and standard deviation of the latents, laid out as the family has them, fp32 on the CPU."
+    family = named_family(vae=type(vae).__name__)
     x = torch.from_numpy(frames).to(vae.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     distribution = vae.encode(x.to(vae.dtype)).latent_dist # half precision rounds once, at the end
-    return tuple(t[0].transpose(0, 1).float().cpu() for t in (distribution.mean, distribution.std))
+    return tuple(family.from_vae(t[0]).float().cpu() for t in (distribution.mean, distribution.std))
 
 # %% ../nbs/22_encode.ipynb
 def tile(pipe, height:int, width:int):

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import CogVideoXDPMScheduler, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 
 from .backbone import load_base, load_reference_encoder
 from .base import sized
 from .checkpoint import Adapter, load_adapter, read_adapter
 from .core import InputError, pick_device, pick_dtype
 from .encode import check_finite, embed, release, tile
+from .family import family_of
 from .memory import compile_blocks
 from .tuner import active, blend_weights
 from .tuner import dial as dialled_to
@@ -47,14 +48,22 @@ class _Watch:
     "Notes the timestep and the controller's weights of each step."
     def __init__(self, transformer, videos, config): # config: of the active adapter; None: the base alone
         self.transformer, self.videos, self.config = transformer, videos, config
-        self.timesteps, self.rows = [], []
+        self.timesteps, self.rows, self.passes = [], [], []
 
     def __call__(self, pipe, step, timestep, tensors):
         check_finite(tensors["latents"], f"step {step + 1}: the transformer", self.transformer.dtype)
         self.timesteps.append(int(timestep))
-        if self.config: # of both guidance branches: the prompts' comes second
-            self.rows.append(blend_weights(self.transformer)[-self.videos:].float().cpu())
+        if self.config: self.rows.append(family_of(pipe).prompted(self.passes, self.videos).float().cpu())
+        self.passes.clear()
         return {}
+
+    @contextmanager
+    def watching(self):
+        "Within the block, the weights of every pass are noted: guidance takes one a step, or two."
+        note = lambda *_: self.passes.append(blend_weights(self.transformer))
+        handle = self.transformer.register_forward_hook(note) if self.config else None
+        try: yield
+        finally: handle and handle.remove()
 
     def weights(self, video): # (steps, groups)
         return torch.stack(self.rows)[:, video] if self.rows else None
@@ -63,14 +72,10 @@ class _Watch:
     def scale(self): return self.config and self.config.scale
 
 # %% ../nbs/24_generate.ipynb
-def _trailing(scheduler):
-    "The scheduler with the published timestep spacing."
-    return CogVideoXDPMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-
 @contextmanager
 def _as_published(pipe):
-    "Within the block, the pipeline has the published scheduler."
-    before, pipe.scheduler = pipe.scheduler, _trailing(pipe.scheduler)
+    "Within the block, the pipeline has the scheduler that its family is to generate with."
+    before, pipe.scheduler = pipe.scheduler, family_of(pipe).scheduler(pipe)
     try: yield
     finally: pipe.scheduler = before
 
@@ -100,17 +105,18 @@ def _approximated(pipe, cache): # cache: one of `CACHES`, or None: exact
         if cache is not None: pipe.transformer.disable_cache()
 
 # %% ../nbs/24_generate.ipynb
-def _denoise(pipe, prompts, seeds, texts, size, watch, negative=""):
+def _denoise(pipe, prompts, seeds, texts, size, watch, negative):
     "One call of the stock pipeline: frames uint8 (V, F, H, W, 3)."
-    transformer, n = pipe.transformer, len(prompts)
-    device = pipe._execution_device
-    words = {k: texts[k].to(device, transformer.dtype) for k in (negative, *prompts)}
-    video = pipe(prompt_embeds=torch.cat([words[p] for p in prompts]),
-                 negative_prompt_embeds=words[negative].expand(n, -1, -1),
-                 height=size.height, width=size.width, num_frames=size.frames,
+    device, dtype = pipe._execution_device, pipe.transformer.dtype
+    words = {k: texts[k].to(device, dtype) for k in (negative, *prompts)}
+    said, unsaid = torch.cat([words[p] for p in prompts]), words[negative].expand(len(prompts), -1, -1)
+    sizes = dict(height=size.height, width=size.width, num_frames=size.frames,
                  num_inference_steps=size.steps, guidance_scale=size.guidance,
-                 max_sequence_length=size.max_tokens, use_dynamic_cfg=False, output_type="np",
-                 generator=[torch.Generator("cpu").manual_seed(s) for s in seeds], callback_on_step_end=watch)
+                 max_sequence_length=size.max_tokens)
+    drawn = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    with watch.watching():
+        video = pipe(prompt_embeds=said, negative_prompt_embeds=unsaid, **sizes, output_type="np", generator=drawn,
+                     callback_on_step_end=watch, **family_of(pipe).call(pipe, said, unsaid))
     frames = np.stack(list(video.frames))
     check_finite(torch.from_numpy(frames), "the VAE", pipe.vae.dtype)
     return (frames * 255).round().astype(np.uint8)
@@ -123,19 +129,20 @@ def _check_seeds(seeds):
         if not 0 <= seed < 2**64:
             raise InputError(f"seed {seed}: give a whole number from 0, of 64 bits at most")
 
-def generate_all(pipe,              # stock CogVideoXPipeline; its transformer may have a DualReal adapter
+def generate_all(pipe,              # a stock pipeline; its transformer may have a DualReal adapter
                  prompts:list,      # texts
                  seeds:list,        # one for each prompt
                  texts:dict,        # of `embed`
                  size,              # of `sized`; the VAE is ready for it (`tile`)
                  reference=None,    # embedding (1, E) of a picture of the subject; None: condition absent
                  dial:float=0., cache:str=None, batch:int=1, progress=True, # as for `generate`
-                 negative:str="" # a prompt of `texts`
+                 negative:str=None # a prompt of `texts`; None: the base's own
                 ) -> list[Generation]:
     "A video for each prompt and seed, of what is resolved already."
     config, made = active(pipe.transformer), []
     _check_seeds(seeds)
     pipe.set_progress_bar_config(disable=not progress, leave=False, desc="denoising")
+    if negative is None: negative = size.negative
     told = {k: getattr(size, k) for k in _TOLD} | dict(dial=dial, reference=reference is not None)
     if cache: told["approximate_cache"] = cache
     if negative: told["negative_prompt"] = negative
@@ -147,7 +154,7 @@ def generate_all(pipe,              # stock CogVideoXPipeline; its transformer m
                             watch.scale) for k, f in enumerate(frames)]
     return made
 
-def generate(pipe,               # stock CogVideoXPipeline; its transformer may have a DualReal adapter
+def generate(pipe,               # a stock pipeline; its transformer may have a DualReal adapter
              prompt:str,
              texts:dict=None,    # of `embed`, where the text encoder has left
              reference=None,     # embedding (1, E) of a picture of the subject; None: condition absent
@@ -155,12 +162,13 @@ def generate(pipe,               # stock CogVideoXPipeline; its transformer may 
              dial:float=0.,      # in [-1, 1], 0 neutral, positive towards identity
              cache:str=None,     # APPROXIMATE, faster: one of `CACHES`
              progress=True,
-             negative:str="",    # what the video shall not show
+             negative:str=None,  # what the video shall not show; None: the base's own
              **sizes             # height, width, frames, steps, guidance, max_tokens; default: the base's own
             ) -> Generation:
     "Generate one video; the same arguments give the same video."
     _check_seeds([seed])
     size = sized(pipe, **sizes)
+    if negative is None: negative = size.negative
     if texts is None: texts = embed(pipe, [prompt, negative], size.max_tokens)
     tile(pipe, size.height, size.width)
     how = dict(progress=progress, negative=negative)

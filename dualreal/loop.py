@@ -21,6 +21,7 @@ from diffusers.optimization import get_scheduler
 from .core import Dimension
 from .data import Item, read_item
 from .encode import Encoded, EncodedCase
+from .family import family_of
 from .memory import Plan, adamw
 from .objective import prediction_loss
 from .settings import BaseSize, TrainConfig
@@ -100,15 +101,18 @@ class Given:
     files: dict                 # identity, motion -> paths
     size: BaseSize              # of videos
     adapter: DualRealConfig = None # what a method of bottlenecks attaches
-    tables: dict = field(default_factory=dict) # latent frames -> rotary position embeddings
+    tables: dict = field(default_factory=dict) # shape of latents -> positions
 
-    def rotary(self, frames): # in latents
-        "Rotary position embeddings, or None for a base without them."
-        if not self.pipe.transformer.config.use_rotary_positional_embeddings: return None
-        if frames not in self.tables:
-            self.tables[frames] = self.pipe._prepare_rotary_positional_embeddings(
-                self.config.height, self.config.width, frames, self.accelerator.device)
-        return self.tables[frames]
+    @property
+    def family(self): return family_of(self.pipe)
+
+    def positions(self, latents): # of one sample
+        "What the transformer is told about positions, or None for a base that knows them."
+        shape, c = tuple(latents.shape), self.config
+        if shape not in self.tables:
+            how = self.pipe, c.height, c.width, latents, self.accelerator.device
+            self.tables[shape] = self.family.positions(*how)
+        return self.tables[shape]
 
     def seen(self, dimension:str, most:int=None) -> list: # of uint8 (F, H, W, 3)
         "Images or clips as they are trained on."
@@ -180,7 +184,7 @@ def take_up(run:Run, course:Course) -> Run:
 class _Drawn:
     "A sample of a batch with everything that is random about it."
     item: Encoded
-    latents: torch.Tensor   # x0 (F, C, h, w), scaled
+    latents: torch.Tensor   # x0, scaled, laid out as the family has it
     noise: torch.Tensor     # epsilon, same shape
     timestep: torch.Tensor  # (1,)
 
@@ -189,12 +193,12 @@ def _draw_batch(run:Run,
                 count:int
                ) -> list:    # of `_Drawn`
     "The next `count` samples."
-    items, g = run.samples[samples], run.generator
-    factor, levels = run.pipe.vae.config.scaling_factor, run.pipe.scheduler.config.num_train_timesteps
+    items, g, family = run.samples[samples], run.generator, run.given.family
+    scaled = partial(family.scaled, run.pipe.vae)
     def drawn(item):
-        latents = item.sample(factor, g)
-        noise, timestep = torch.randn(latents.shape, generator=g), torch.randint(levels, (1,), generator=g)
-        return _Drawn(item, latents, noise, timestep)
+        latents = item.sample(scaled, g)
+        noise = torch.randn(latents.shape, generator=g)
+        return _Drawn(item, latents, noise, family.draw_time(run.pipe.scheduler, g, run.config, latents))
     return [drawn(items[i]) for i in run.orders[samples].take(count, g)]
 
 def _micro_batches(batch:list[_Drawn], size:int) -> list[list[_Drawn]]: # size: at most so many together
@@ -214,7 +218,7 @@ def _part_loss(run:Run, part:list[_Drawn], samples:str):
     acting = run.course.acting.get(samples, tuple(Dimension))
     with reference(transformer, e, acting) if active(transformer) else nullcontext():
         return prediction_loss(transformer, run.pipe.scheduler, latents, text.to(device, transformer.dtype),
-                               timesteps.to(device), noise, run.given.rotary(latents.shape[1]))
+                               timesteps.to(device), noise, run.given.positions(latents[0]))
 
 # %% ../nbs/25_loop.ipynb
 def _backward(run:Run, dimension:str) -> tuple[float, list[float]]: # loss; mean identity weight of each group

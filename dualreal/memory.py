@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .core import InputError
-from .tuner import DualRealConfig, reference, sites_of, stock_block
+from .family import family_of
+from .tuner import DualRealConfig, reference, stock_block
 
 # %% ../nbs/23_memory.ipynb
 _POLICIES = "all", "attention", "nothing"
@@ -49,8 +50,8 @@ def _run_block(block, *args,     # as the transformer calls it
 
 # %% ../nbs/23_memory.ipynb
 def _blocks_of(transformer):
-    "The list of blocks of a transformer in the table of sites."
-    return getattr(transformer, sites_of(transformer).blocks)
+    "The list of blocks of a transformer."
+    return getattr(transformer, family_of(transformer).blocks)
 
 def set_policies(transformer,
                  policies,       # one of `_POLICIES` for each block
@@ -206,22 +207,28 @@ class StepSize:
     frames: int
     batch: int = 1   # samples in one pass (the micro-batch)
     stride: tuple = (4, 8) # of the VAE, in time and space
+    text: int = 512        # tokens of a prompt, where they do not pass through the blocks
+
+    def pixels(self):
+        "Frames, height and width of the latents."
+        time, space = self.stride
+        return (self.frames - 1)//time + 1, self.height//space, self.width//space
 
     def latents(self, transformer):
-        "Shape of the latents (B, F, C, h, w)."
-        c, (time, space) = transformer.config, self.stride
-        return self.batch, (self.frames - 1)//time + 1, c.in_channels, self.height//space, self.width//space
+        "Shape of the latents of a batch, as the family lays them out."
+        return self.batch, *family_of(transformer).latent_shape(transformer.config, *self.pixels())
 
     def tokens(self, transformer):
-        "(text tokens, video tokens) of a sample."
-        _, f, _, h, w = self.latents(transformer)
-        c = transformer.config
-        return c.max_text_seq_length, f // (c.patch_size_t or 1) * (h // c.patch_size) * (w // c.patch_size)
+        "(text tokens, video tokens) of a sample in the blocks."
+        family, c, (f, h, w) = family_of(transformer), transformer.config, self.pixels()
+        time, space = family.patch(c)
+        return family.text_tokens(c), f // time * (h // space) * (w // space)
 
 # %% ../nbs/23_memory.ipynb
 def _simulate(transformer, size:StepSize, policies) -> tuple: # policies: as many blocks
     "Bytes of intermediate results (kept after the forward pass, peak of the step); gradients exist already."
-    c, dtype, (text, video) = transformer.config, transformer.dtype, size.tokens(transformer)
+    family, c, dtype = family_of(transformer), transformer.config, transformer.dtype
+    text, video = size.tokens(transformer)
     with FakeTensorMode():
         like = _stand_in(_kind_of(transformer), len(policies))
         set_policies(like, list(policies))
@@ -229,13 +236,11 @@ def _simulate(transformer, size:StepSize, policies) -> tuple: # policies: as man
         grads = [p.grad for p in like.parameters() if p.grad is not None]
         known = [*like.parameters(), *grads, *like.buffers()]
         e = next(iter(like.peft_config.values())).condition_dim
-        rotary = tuple(torch.empty(video, c.attention_head_dim) for _ in range(2))
         with _LiveBytes(known) as live, reference(like, None if e is None else torch.empty(1, e)):
             latents = torch.empty(size.latents(transformer), dtype=dtype)
-            prompt = torch.empty(size.batch, text, c.text_embed_dim, dtype=dtype)
-            steps = torch.empty(size.batch, dtype=torch.long)
-            rotary = rotary if c.use_rotary_positional_embeddings else None
-            out = like(latents, prompt, steps, image_rotary_emb=rotary).sample
+            prompt = torch.empty(size.batch, text or size.text, family.text_width(c), dtype=dtype)
+            times = torch.empty(size.batch)
+            out = family.predict(like, latents, times, prompt, family.blank_positions(c, video))
             kept = live.now
             out.float().square().mean().backward()
     return kept, live.peak
@@ -332,8 +337,8 @@ def needs(transformer, # with its adapter
     saved = sum(p.numel() for m in _castable(blocks[0]) for p in m.parameters()) * (dtype.itemsize - 1)
     trainable = sum(p.numel() for name, p in transformer.named_parameters() if "dualreal_" in name)
     base, slope = _lines(transformer, size)
-    boundary = size.batch * sum(size.tokens(transformer)) * transformer.config.num_attention_heads * \
-        transformer.config.attention_head_dim * dtype.itemsize
+    width = family_of(transformer).width(transformer.config)
+    boundary = size.batch * sum(size.tokens(transformer)) * width * dtype.itemsize
     return _Needs(len(blocks), (block, total - block*len(blocks), saved), trainable, boundary, base, slope)
 
 # %% ../nbs/23_memory.ipynb
@@ -404,7 +409,7 @@ def place(pipe, config, device) -> Plan | None: # config: of `TrainConfig`, comp
     "Move a pipeline's transformer, with what learns in it, to the device: as a whole, or by a plan."
     made, thrifty = None, config.gradient_checkpointing
     if config.memory is not None:
-        stride = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+        stride = family_of(pipe).stride(pipe.vae.config)
         size = StepSize(config.height, config.width, config.frames, config.micro_batch, stride)
         made = plan(pipe.transformer, size, config.memory, device, config.eight_bit, config.fp8)
         apply(pipe.transformer, made, device)

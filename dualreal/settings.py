@@ -85,7 +85,7 @@ class BaseSize:
     "Defaults for training on a base and generating with it; the user can override each."
     height: int = option(480, "of a frame", "pixels")
     width: int = option(720, "of a frame", "pixels")
-    frames: int = option(49, "of a video, 8k+1, so that the VAE gives as many back", "frames")
+    frames: int = option(49, "of a video", "frames")
     max_tokens: int = option(226, "of the prompt", "tokens")
     fps: int = option(8, "of a video", "frames a second")
     guidance: float = option(6.0, "how strictly the prompt is followed")
@@ -93,6 +93,9 @@ class BaseSize:
     groups: int = option(7, "of blocks that share their blend weights")
     rank: int = option(64, "of the adapters", "channels")
     reference_encoder: str = option("ViT-H-14", "see `load_reference_encoder`")
+    negative: str = option("", "what a video shall not show, where nothing else is said")
+    clip_step: int = option(4, "a clip has a multiple of it, and one more", "frames")
+    video_step: int = option(8, "a generated video has a multiple of it, and one more", "frames")
     training: dict = field(default_factory=dict, metadata=dict(
         help="values of `TrainConfig` that this base wants instead of the published"))
 
@@ -111,7 +114,8 @@ class TrainConfig:
     motion: str = option(..., "folder of clips of the motion", shown="DIR", label="Clips", same=True)
     out: str = option(..., "folder of the run", shown="DIR", same=True)
     base: str = option("toy", "'toy', a pipeline folder, or a Hub id",
-                       suggest=("toy", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b"))
+                       suggest=("toy", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b",
+                                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
     identity_prompt: str | None = option(None, 'one caption for all images, e.g. "dog *"',
                                          unset="those of the folder", label="Subject")
     motion_prompt: str | None = option(None, 'one caption for all clips, e.g. "a person is playing guitar"',
@@ -159,6 +163,9 @@ class TrainConfig:
                                 suggest=("auto", "12", "16", "24", "40", "80"), same=True)
     eight_bit: bool = option(False, "Adam's states in eight bits (bitsandbytes)")
     fp8: bool = option(False, "APPROXIMATE: frozen weights in eight bits")
+    sigmas: str = option("uniform", "uniform or logit-normal: how flow-matching bases draw their noise levels",
+                         choices=("uniform", "logit-normal"))
+    shift: float | None = option(None, "of these noise levels towards noise", "", "the scheduler's own", above=0)
     compile: bool = option(False, "compile the blocks: faster steps on a GPU", same=True)
     save_every: int = option(100, "steps between checkpoints; 0: the last one only", "steps", least=0,
                              same=True)
@@ -236,7 +243,7 @@ class GenerateConfig:
     prompts: str | None = option(None, "instead: a line for each prompt, or name<TAB>prompt", shown="FILE")
     videos: int | None = option(None, "how many: prompts in turn, seeds counting up", "videos",
                                 "one for each prompt", least=1)
-    negative_prompt: str = option("", "what the video shall not show")
+    negative_prompt: str | None = option(None, "what the video shall not show", unset="the base's own")
     lora: list | None = option(None, "a LoRA beside the adapter, with its weight; may be repeated",
                                shown="PATH[:WEIGHT]")
     base: str | None = _like(TrainConfig, "base", None, unset="the base that the adapter names")
@@ -248,7 +255,8 @@ class GenerateConfig:
     reference_norm: str | None = _like(TrainConfig, "reference_norm", None, unset=_TRAINED)
     height: int | None = option(None, "of the frames", "pixels", _TRAINED)
     width: int | None = option(None, "of the frames", "pixels", _TRAINED)
-    frames: int | None = option(None, "frames of the video, 8k+1: 1, 9, 17, …", "frames", _TRAINED)
+    frames: int | None = option(None, "frames of the video; of CogVideoX 1, 9, 17, …, of Wan 1, 5, 9, …", "frames",
+                                _TRAINED)
     steps: int | None = option(None, "steps of denoising", "steps", _TRAINED, label="Denoising")
     guidance: float | None = option(None, "how strictly the prompt is followed", "", _TRAINED)
     device: str | None = _like(TrainConfig, "device")

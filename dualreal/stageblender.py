@@ -19,9 +19,12 @@ class StageBlender(nn.Module):
                  width:int,          # d, channels of the tokens
                  time_dim:int,       # T, channels of the time embedding
                  groups:int=7,       # n, groups of consecutive blocks
-                 scale:float=0.2):   # s, what the two weights of a block add up to
+                 scale:float=0.2,    # s, what the two weights of a block add up to
+                 most:int=512):      # T is brought down to so many channels, CogVideoX's
         super().__init__()
         self.groups, self.scale = groups, scale
+        self.time_reduce = nn.Linear(time_dim, most) if time_dim > most else nn.Identity()
+        time_dim = min(time_dim, most)
         self.channel_encoder = nn.Sequential(nn.Linear(width, time_dim))
         self.timestep_encoder = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, 3*time_dim))
         self.norm = nn.LayerNorm(time_dim)
@@ -37,7 +40,8 @@ class StageBlender(nn.Module):
         "Identity weights (B, n), each between 0 and `scale`."
         dtype = self.norm.weight.dtype
         c = self.channel_encoder(tokens.amax(1).to(dtype))                          # (B, T)
-        shift, gain, gate = self.timestep_encoder(time.to(dtype)).chunk(3, dim=1)   # (B, T) each
+        time = self.time_reduce(time.to(dtype))                                     # (B, T)
+        shift, gain, gate = self.timestep_encoder(time).chunk(3, dim=1)             # (B, T) each
         f = self.norm(c) * (1 + gain) + shift
         f = self.fuse_proj_down(F.gelu(self.fuse_proj(f), approximate="tanh")) + gate * c
         return self.scale * torch.sigmoid(self.fusion_net(f))                       # (B, n)

@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm import tqdm
 
 from .backbone import load_base, load_reference_encoder
-from .base import base_size, find_sizes, video_size
+from .base import base_family, base_size, find_sizes, video_size
 from .checkpoint import FILE, adapter_tensors
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
 from .data import joint_prompt, load_case
@@ -46,8 +46,10 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     prompts = config.prompts or [joint_prompt(case.identity_prompt, case.motion_prompt)]
     folder = find_sizes(config.base)
-    own = base_size(folder)
+    own, family = base_size(folder), base_family(folder)
     config = completed(config, own)
+    if not family.flow and (config.sigmas, config.shift) != ("uniform", None):
+        raise InputError(f"sigmas and shift: {family.name} has no noise levels to draw, its times are whole")
     check_same(config)
     size = video_size(folder, config)
     encoder = load_reference_encoder(config.reference_encoder, base=config.base)
@@ -56,7 +58,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     adapter = DualRealConfig(condition_dim=encoder and encoder.dim, **known)
     check_attachable(pipe.transformer, adapter, "default")
     with accelerator.main_process_first(): # the others find it in the cache
-        encoded, texts = encode_all(pipe, case, config, size.max_tokens, prompts, encoder, cache,
+        said = [*prompts, own.negative]
+        encoded, texts = encode_all(pipe, case, config, size.max_tokens, said, encoder, cache,
                                     accelerator.device, progress and accelerator.is_main_process)
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
                  prompts=prompts)

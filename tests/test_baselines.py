@@ -53,7 +53,7 @@ def output(run, seed=0):
     x = torch.randn(1, 3, c.in_channels, c.sample_height, c.sample_width, generator=draw)
     with torch.no_grad():
         text, time = run.given.texts[PROMPTS[0]].to(x), torch.tensor([500])
-        return transformer(x, text, time, image_rotary_emb=run.given.rotary(3)).sample
+        return transformer(x, text, time, image_rotary_emb=run.given.positions(x[0])).sample
 
 
 @pytest.mark.parametrize("spec", ["dualreal", "lora", "full_finetune", "isolated", "without_dual_aware",

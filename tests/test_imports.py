@@ -26,6 +26,7 @@ from house import (
 
 HEAVY = {"torch", "torchvision", "transformers", "diffusers", "peft", "accelerate", "open_clip", "timm"}
 TOY = {"toy.world", "toy.truth", "toy.bases"}
+FAMILIES = {"cogvideox", "wan"}
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: a fresh process each takes minutes")
 
 
@@ -57,7 +58,24 @@ def test_a_module_is_called_as_its_notebook():
 @some(*(m for m in MODULES if NUMBERS[m] < 10))
 def test_method_needs_no_house(module):
     assert not [m for m in reached(module) if NUMBERS[m] >= 10]
-    assert not outside(module) & {"accelerate", "diffusers", "transformers"}
+    if module not in FAMILIES: assert not outside(module) & {"accelerate", "diffusers", "transformers"}
+
+
+@some("family", *FAMILIES)
+def test_a_family_loads_nothing(module):
+    "Its facts are asked for by refusals, which must come at once."
+    assert not {n.split(".")[0] for n in imports(module, functions=False)} & HEAVY
+
+
+THEIRS = re.compile(r"CogVideoX\w*(3D|Pipeline|Scheduler)|Wan\w*(3D|Pipeline)|AutoencoderKL|add_noise|get_velocity|"
+                    r"[48]k ?\+ ?1|attention_kwargs|_prepare_rotary_positional_embeddings|scaling_factor|latents_mean")
+
+
+@some(*(m for m in MODULES if m not in {"family", *FAMILIES}))
+def test_only_families_know_families(module):
+    "Classes, schedulers' methods, layouts and lengths of one family stand in its notebook."
+    text = (ROOT/"dualreal"/f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if THEIRS.search(line)]
 
 
 @some("metrics", "report", "figures")

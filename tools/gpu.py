@@ -31,7 +31,7 @@ def make_base(folder, small=False):
     "All 42 blocks and the whole VAE; one layer of the text encoder."
     with torch.device(pick_device()):
         if small: tiny_pipeline(folder, tokens=64)
-        else: wide_pipeline(folder, layers=42, vae_channels=(128, 256, 256, 512))
+        else: wide_pipeline(folder, layers=42, wide_vae=True)
     note = dict(reference_encoder="toy", **(dict(rank=4, groups=2) if small else {}))
     (Path(folder)/"dualreal.json").write_text(json.dumps(note))
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from peft import LoraConfig
 
-from ..base import sized
+from ..base import base_family, find_sizes, sized
 from ..checkpoint import adapter_tensors
 from ..core import InputError
 from ..data import load_case
 from ..encode import Encoded, encode_frames
+from ..family import family_of
 from ..generate import generate_all
 from ..loop import Course, Run, batches_of, dual_course, loop, take_up
 from ..memory import place
@@ -168,7 +169,9 @@ class Lora(Apart):
     def add_side(self, run, dimension) -> Course:
         "A fresh LoRA for one side, alone active."
         c, transformer = run.config, run.pipe.transformer
-        lora = LoraConfig(r=c.rank, lora_alpha=c.rank, target_modules=list(self.targets),
+        ff = family_of(transformer).feed_forward # as a family calls it
+        named = [f"{ff}.{t.removeprefix('ff.')}" if t.startswith("ff.") else t for t in self.targets]
+        lora = LoraConfig(r=c.rank, lora_alpha=c.rank, target_modules=named,
                           init_lora_weights="gaussian")
         transformer.add_adapter(lora, dimension)
         transformer.set_adapter(dimension)
@@ -208,11 +211,12 @@ class FullFineTune(Method):
     def tune(self, run, steps, motion_ratio, batches, on_step):
         "Train every weight for so many steps, in fp32; then the base's own precision is back."
         transformer, c = run.pipe.transformer, run.config
-        dtype = transformer.dtype
+        before = {p: p.dtype for p in transformer.parameters()} # a family may keep some in fp32
         transformer.float().requires_grad_(True)
         course = Course([(p, c.lr) for p in transformer.parameters()], steps, c.warmup, motion_ratio, batches)
         self.learn(run, phase_of(course, run, steps, motion_ratio), on_step)
-        transformer.requires_grad_(False).to(dtype)
+        transformer.requires_grad_(False)
+        for p, dtype in before.items(): p.data = p.data.to(dtype)
 
 # %% ../../nbs/40_baselines.ipynb
 def moving_boxes(frames, # uint8 (F, H, W, 3)
@@ -264,6 +268,7 @@ class SubjectThenMotion(FullFineTune):
         if self.prior_videos < 1: raise InputError(f"prior_videos {self.prior_videos}: give 1 or more")
 
     def prepare(self, config):
+        base_family(find_sizes(config.base)).steered({}, None) # refuses what cannot be led
         case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
         word = case.class_word # without the subject's star
         prompts = [*config.prompts, f"{'an' if word[0] in 'aeiou' else 'a'} {word}"]
@@ -296,9 +301,9 @@ class SubjectThenMotion(FullFineTune):
 @contextmanager
 def _led(self:SubjectThenMotion, run, prompt, clip): # clip: path
     "Within the block, early denoising steps attend to the subject along the clip's path."
-    pipe, size = run.pipe, run.size
-    step = pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
-    count = (size.frames - 1) // pipe.vae_scale_factor_temporal + 1
+    pipe, size, family = run.pipe, run.size, run.given.family
+    time, space = family.stride(pipe.vae.config)
+    step, count = space * family.patch(pipe.transformer.config)[1], (size.frames - 1) // time + 1
     words = find_words(pipe.tokenizer, prompt, run.given.words["class_word"])
     boxes = moving_boxes(read_video(clip, size.frames)[0], count)
     grid = size.height // step, size.width // step
@@ -307,7 +312,7 @@ def _led(self:SubjectThenMotion, run, prompt, clip): # clip: path
     last = self.until * pipe.scheduler.config.num_train_timesteps
     def lead(module, args, kwargs): # both guidance branches in one batch: the empty prompt comes first
         if kwargs["timestep"].max() < last: return None
-        return args, dict(kwargs, attention_kwargs=dict(attention_mask=bias))
+        return args, family.steered(kwargs, bias)
     handle = pipe.transformer.register_forward_pre_hook(lead, with_kwargs=True)
     try: yield
     finally: handle.remove()

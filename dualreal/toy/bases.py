@@ -8,12 +8,13 @@ __all__ = ['tiny_transformer', 'tiny_pipeline', 'wide_pipeline']
 # %% ../../nbs/28_toybases.ipynb
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
-from ..backbone import scheduler_5b
+from ..core import write_json
+from ..family import Family, families
 
 # %% ../../nbs/28_toybases.ipynb
 def _byte_tokenizer(max_tokens:int=64 # length of a padded prompt
@@ -27,56 +28,59 @@ def _byte_tokenizer(max_tokens:int=64 # length of a padded prompt
         model_max_length=max_tokens)
 
 # %% ../../nbs/28_toybases.ipynb
+def _transformer(family, sizes): # sizes: of `Family.shaped`
+    return getattr(diffusers, family.transformer)(**family.shaped(**sizes)).eval()
+
 def tiny_transformer(seed:int=0, layers:int=4, heads:int=2, head_dim:int=16, channels:int=4, text_dim:int=32,
                      time_dim:int=16, tokens:int=16, # of a prompt
                      side:int=4, # of a frame, latent pixels
-                     frames:int=9 # of a video
-                    ) -> CogVideoXTransformer3DModel: # random weights, 5B's options
+                     frames:int=9, # of a video
+                     family:str="cogvideox"
+                    ) -> torch.nn.Module: # random weights
     "A transformer small enough for a test."
     torch.manual_seed(seed)
-    return CogVideoXTransformer3DModel(num_attention_heads=heads, attention_head_dim=head_dim,
-        in_channels=channels, out_channels=channels, time_embed_dim=time_dim, text_embed_dim=text_dim,
-        num_layers=layers, sample_width=side, sample_height=side, sample_frames=frames, patch_size=2,
-        max_text_seq_length=tokens, use_rotary_positional_embeddings=True).eval()
+    return _transformer(families()[family], dict(blocks=layers, heads=heads, head_dim=head_dim, channels=channels,
+        text_dim=text_dim, time_dim=time_dim, tokens=tokens, height=side, width=side, frames=frames))
 
 # %% ../../nbs/28_toybases.ipynb
-def _vae(channels, latent_channels, layers=1, groups=4):
-    return AutoencoderKLCogVideoX(block_out_channels=channels, latent_channels=latent_channels,
-        layers_per_block=layers, norm_num_groups=groups, temporal_compression_ratio=4).eval()
-
-def _t5(d_model, layers=1, heads=2, d_kv=16, d_ff=64):
-    return T5EncoderModel(T5Config(vocab_size=300, d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=layers,
-        num_heads=heads, feed_forward_proj="gated-gelu")).eval()
-
-def _save(folder, transformer, vae, text_encoder, dtype):
-    "Write a pipeline folder of these parts."
-    tokens = transformer.config.max_text_seq_length
-    for part in (transformer, vae, text_encoder): torch.nn.Module.to(part, dtype)
-    pipe = CogVideoXPipeline(_byte_tokenizer(tokens), text_encoder, vae, transformer, scheduler_5b())
+def _save(folder, family:Family, transformer, vae, reader, tokens:int, dtype, own=None):
+    "Write a pipeline folder of these parts; own: what its `dualreal.json` says."
+    for part in (transformer, vae, reader): torch.nn.Module.to(part.eval(), dtype)
+    pipe = getattr(diffusers, family.pipeline)(tokenizer=_byte_tokenizer(tokens), text_encoder=reader, vae=vae,
+        transformer=transformer, scheduler=family.own_scheduler())
     pipe.save_pretrained(folder)
+    if own: write_json(Path(folder)/"dualreal.json", own)
     return Path(folder)
 
+_READER = dict(vocab_size=300, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+
 def tiny_pipeline(folder, # where to write it
-                  seed:int=0, layers:int=4, **sizes # of `tiny_transformer`
+                  seed:int=0, layers:int=4,
+                  family:str="cogvideox",
+                  tokens:int=16, text_dim:int=32, channels:int=4, **sizes # of `tiny_transformer`
                  ) -> Path: # the folder
     "Write a complete pipeline folder with random weights and 32-pixel videos."
-    transformer = tiny_transformer(seed, layers, **sizes)
-    c = transformer.config
-    return _save(folder, transformer, _vae((8, 8, 8, 8), c.in_channels), _t5(c.text_embed_dim), torch.float32)
+    f = families()[family]
+    transformer = tiny_transformer(seed, layers, tokens=tokens, text_dim=text_dim, channels=channels,
+                                   family=family, **sizes)
+    vae, reader = f.own_vae(channels), f.own_reader(text_dim, **_READER)
+    side, frames = sizes.get("side", 4) * f.stride(vae.config)[1], sizes.get("frames", 9)
+    known = f.size(dict(transformer=transformer.config, vae=vae.config, pipeline={}))
+    own = dict(height=side, width=side, frames=frames, max_tokens=tokens, negative="")
+    return _save(folder, f, transformer, vae, reader, tokens, torch.float32,
+                 {k: v for k, v in own.items() if known.get(k, "") != v})
 
 # %% ../../nbs/28_toybases.ipynb
 def wide_pipeline(folder, # where to write it; about 0.35 GB with one layer
                   layers:int=1, seed:int=0,
-                  vae_channels:tuple=(16, 16, 32, 32), # the real one: (128, 256, 256, 512)
+                  wide_vae=False, # the VAE's widths, too
                   dtype:torch.dtype=torch.bfloat16
                  ) -> Path: # the folder
     "Write a CogVideoX-5B-shaped pipeline folder: real widths and token counts, few layers, random weights."
     torch.manual_seed(seed)
-    transformer = CogVideoXTransformer3DModel(num_attention_heads=48, attention_head_dim=64, in_channels=16,
-        out_channels=16, time_embed_dim=512, text_embed_dim=4096, num_layers=layers, sample_width=90,
-        sample_height=60, sample_frames=49, patch_size=2, max_text_seq_length=226,
-        use_rotary_positional_embeddings=True).eval()
-    real = max(vae_channels) > 64
-    vae = _vae(vae_channels, 16, layers=3 if real else 1, groups=32 if real else 4)
-    vae.register_to_config(scaling_factor=.7)
-    return _save(folder, transformer, vae, _t5(4096, heads=8, d_kv=64, d_ff=1024), dtype)
+    f = families()["cogvideox"]
+    transformer = _transformer(f, dict(blocks=layers, heads=48, head_dim=64, channels=16, text_dim=4096,
+                                       time_dim=512, tokens=226, height=60, width=90, frames=49))
+    vae = f.own_vae(16, wide_vae)
+    reader = f.own_reader(4096, vocab_size=300, d_kv=64, d_ff=1024, num_layers=1, num_heads=8)
+    return _save(folder, f, transformer, vae, reader, 226, dtype)
