@@ -16,6 +16,7 @@ from PIL import Image
 
 from .base import base_family, find_base, find_sizes, is_hub_id, weights_variant
 from .core import InputError, asset, pick_device, pick_dtype
+from .family import transformers_of
 from .settings import BaseSize
 
 # %% ../nbs/20_backbone.ipynb
@@ -32,7 +33,7 @@ def load_base(base:str|Path="toy", # "toy", a pipeline folder, or a Hub id
     precisions = dict(default=dtype, vae=family.vae_dtype(dtype))
     pipe = getattr(diffusers, family.pipeline).from_pretrained(folder, dtype=precisions, variant=variant)
     pipe.to(device)
-    for part in (pipe.transformer, pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
+    for part in (*transformers_of(pipe), pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
     return pipe
 
 # %% ../nbs/20_backbone.ipynb

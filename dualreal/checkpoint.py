@@ -9,7 +9,7 @@ __all__ = ['adapter_tensors', 'published_state', 'Adapter', 'write_adapter', 'sa
 # %% ../nbs/21_checkpoint.ipynb
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from .bottleneck import BottleneckPair
 from .core import InputError, atomic_path, few
-from .family import families, family_of, named_family
+from .family import experts_of, families, family_of
 from .stageblender import FixedBlend, StageBlender
 from .store import FILE, PICKLES, find_adapter
-from .tuner import AttentionSite, DualRealConfig, Site, conductor_of
+from .tuner import AttentionSite, DualRealConfig, Site, attached, conductor_of
 
 # %% ../nbs/21_checkpoint.ipynb
 _DIMENSION = {"id": "identity", "motion": "motion"}
@@ -40,8 +40,14 @@ def _pair_tensors(pair:BottleneckPair,
                 yield f"{name}.bias", linear.bias
 
 # %% ../nbs/21_checkpoint.ipynb
-def adapter_tensors(transformer, adapter_name="default") -> dict:
+def adapter_tensors(transformer, # or a pipeline: of all experts that have the adapter
+                    adapter_name="default") -> dict:
     "The adapter's parameters themselves, under the published names."
+    found = [e for e in experts_of(transformer) if attached(e.transformer)] or experts_of(transformer)[:1]
+    each = [(e.prefix, _tensors_of(e.transformer, adapter_name)) for e in found]
+    return {prefix + k: p for prefix, tensors in each for k, p in tensors.items()}
+
+def _tensors_of(transformer, adapter_name):
     conductor = conductor_of(transformer)
     if adapter_name not in conductor.configs:
         raise InputError(f"no adapter {adapter_name!r} is attached: there is {', '.join(conductor.configs)}")
@@ -53,7 +59,7 @@ def adapter_tensors(transformer, adapter_name="default") -> dict:
         tensors |= _pair_tensors(site.dualreal_bottleneck[adapter_name], f"{blocks}.{site.block}", where)
     return tensors
 
-def published_state(transformer,             # with a DualReal adapter
+def published_state(transformer,             # with a DualReal adapter, or a pipeline
                     adapter_name="default",  # which
                     gradients=False):        # the gradients instead (parameters without one are left out)
     "Copies on the CPU under the published names; a total other than 0.2 is not among them (`_with_scale`)."
@@ -98,6 +104,15 @@ def _shape_of(transformer) -> dict:
     return {"family": family.name, "class": family.transformer, "blocks": family.depth(config),
             "width": family.width(config), "time_dim": family.time_width(config)}
 
+def _by_expert(tensors:dict, thing) -> list: # (`Expert`, its tensors, without the prefix)
+    "Tensors by the expert that they belong to; experts without any are left out."
+    experts = sorted(experts_of(thing), key=lambda e: len(e.prefix), reverse=True) # "" fits every name
+    found = {e.prefix: {} for e in experts}
+    for k, v in tensors.items():
+        prefix = next(e.prefix for e in experts if k.startswith(e.prefix))
+        found[prefix][k.removeprefix(prefix)] = v
+    return [(e, found[e.prefix]) for e in experts_of(thing) if found[e.prefix]]
+
 def _expected_shapes(transformer, config:DualRealConfig) -> dict:
     "Name -> shape of every tensor that an adapter of this configuration has on this transformer."
     base, c = _shape_of(transformer), config
@@ -122,11 +137,13 @@ def _check_tensors(transformer, config, tensors, source):
 
 def _base_of(adapter) -> tuple: # family's name, number of blocks
     "Of which family the adapter's base is, and how deep: as the file says, else as its names tell."
-    found = [m for k in adapter.tensors if (m := re.match(r"(\w+)\.(\d+)\.\w+_adapter\.", k))]
+    pattern = re.compile(r"(?:transformer_2\.)?(\w+)\.(\d+)\.\w+_adapter\.")
+    found = [m for k in adapter.tensors if (m := pattern.match(k))]
     told = adapter.info.get("transformer", {})
-    of = named_family(transformer=told["class"]) if "class" in told else \
-        named_family(blocks=found[0][1]) if found else None
-    return told.get("family") or of and of.name, max((int(m[2]) for m in found), default=-1) + 1
+    alike = [f.name for f in families().values() if f.transformer == told.get("class") or not told and found
+             and f.blocks == found[0][1]]
+    of = told.get("family") or (alike[0] if len(alike) == 1 else None) # of several no one can tell
+    return of, max((int(m[2]) for m in found), default=-1) + 1
 
 def _check_base(transformer, adapter):
     "`InputError` if the adapter was made for a transformer of another shape."
@@ -191,24 +208,26 @@ def write_adapter(adapter:Adapter,
         else: save_file(tensors, tmp, {"format": "pt", "dualreal": info})
     return path
 
-def save_adapter(transformer,            # with a DualReal adapter
+def save_adapter(transformer,            # with a DualReal adapter, or a pipeline: all its experts
                  path,                   # a folder (gets adapter.safetensors), *.safetensors, or *.pth
                  adapter_name="default", # which
                  metadata=None,          # JSON-able facts: base, subject and motion words, training settings
                  reference=None):        # reference embedding (E,), (1, E) or (1, 1, E) to carry along
     "Save one adapter of a transformer atomically; returns the file's path."
     tensors = published_state(transformer, adapter_name)
+    first = next(e.transformer for e in experts_of(transformer) if attached(e.transformer))
     if reference is not None and reference.numel() != reference.shape[-1]:
         raise InputError(f"reference of shape {tuple(reference.shape)}: a file carries one, (1, E)")
-    config = {k: getattr(transformer.peft_config[adapter_name], k) for k in _CONFIG}
-    info = dict(metadata or {}, config=config, transformer=_shape_of(transformer))
+    config = {k: getattr(first.peft_config[adapter_name], k) for k in _CONFIG}
+    member = family_of(first).member(first.config)
+    info = dict(metadata or {}, config=config, transformer=_shape_of(first), member=member)
     return write_adapter(Adapter(tensors, info, reference), path)
 
 # %% ../nbs/21_checkpoint.ipynb
 _WRAPPED = re.compile(r"^((module|_orig_mod|transformer|diffusion_model|base_model\.model)\.)+") # DDP, PEFT …
 _PAIR = re.compile(r"^(\w+\.\d+)\.(\w+)\.(?:dualreal\.)?dualreal_bottleneck\."
                    r"(identity|motion)\.(down|up|condition)\.(weight|bias)$")
-_CONTROLLER = re.compile(r"^\w+\.(?:dualreal\.)?dualreal_controller\.")
+_CONTROLLER = re.compile(r"^\w+\.(?:base_layer\.)?(?:dualreal\.)?dualreal_controller\.")
 
 def _published_name(name):
     "The published name of a tensor that others have wrapped, or that PEFT names its way."
@@ -256,13 +275,20 @@ def _checked_info(info) -> dict: # what JSON gave
 def _read_pickle(path): return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 # %% ../nbs/21_checkpoint.ipynb
-def load_adapter(transformer,            # a stock transformer
+def load_adapter(transformer,            # a stock transformer, or a pipeline: all its experts
                  source,                 # folder | .safetensors | published .pth | dictionary | `Adapter`
                  adapter_name="default", # name to give it; an adapter of that name and shape is overwritten
                  **known) -> DualRealConfig: # values that override the stored or inferred ones (fused, scale)
     "Attach a saved adapter and make it the active one; returns its configuration."
     adapter = read_adapter(source)
+    each = _by_expert(adapter.tensors, transformer) or [(experts_of(transformer)[0], {})]
+    return [_load_one(e.transformer, replace(adapter, tensors=tensors), adapter_name, known)
+            for e, tensors in each][0]
+
+def _load_one(transformer, adapter, adapter_name, known):
     tensors, where = adapter.tensors, adapter.source
+    if strange := [k for k in tensors if k.startswith("transformer_2.")]:
+        raise InputError(f"{where}: is for a base with two experts ({few(strange, 1)}), and this one has one")
     _check_base(transformer, adapter)
     stored = "config" in adapter.info
     config = _stored_config(adapter, known) if stored else _inferred_config(tensors, **known)

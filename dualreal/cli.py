@@ -280,7 +280,7 @@ def _run_evaluate(config:settings.EvaluateConfig):
 # %% ../nbs/52_cli.ipynb
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
-    from dualreal.base import base_size, check_picture, find_sizes
+    from dualreal.base import base_family, base_size, check_picture, find_sizes
     from dualreal.data import MIN_CLIP
     from dualreal.doctor import case_sheet, check_case, format_report
     case = _loaded(config)
@@ -299,7 +299,9 @@ def _run_check(config:settings.CheckConfig):
         raise InputError(f"{config.sheet}: --sheet must end in .png or .jpg")
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
     report = check_case(case, *size, tokens, **how)
-    report["base"]["name"] = config.base
+    family = base_family(folder)
+    member = family.member(json.loads((folder/"transformer/config.json").read_text(encoding="utf-8")))
+    report["base"] |= dict(name=config.base, family=family.name, member=member)
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
     if config.sheet: case_sheet(case, *size, config.sheet, **how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
@@ -317,7 +319,8 @@ def _run_inspect(config:settings.InspectConfig):
     facts = dict(file=f"{path} ({path.stat().st_size/1e6:.1f} MB)",
                  kind="dualreal" if info else "published dictionary (configuration inferred)",
                  tensors=f"{len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
-    facts |= {k: info[k] for k in ("base", "subject", "motion", "steps_done") if k in info}
+    if family := info.get("transformer", {}).get("family"): facts["family"] = family
+    facts |= {k: info[k] for k in ("member", "base", "subject", "motion", "steps_done") if k in info}
     rows = [*facts.items(), *adapter.settings.items()]
     rows.append(("reference", "none" if adapter.reference is None else "stored"))
     said = {"base", *adapter.settings} # above

@@ -45,8 +45,9 @@ class _Random(_Sizes):
 
     def own_vae(self, channels, wide=False):
         from diffusers import AutoencoderKLCogVideoX
-        sizes = dict(block_out_channels=(128, 256, 256, 512), layers_per_block=3, norm_num_groups=32) if wide \
-            else dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+        channels_of = (128, 256, 256, 512) if wide else (8, 8, 8, 8)
+        sizes = dict(block_out_channels=channels_of, layers_per_block=3 if wide else 1,
+                     norm_num_groups=32 if wide else 4)
         return AutoencoderKLCogVideoX(latent_channels=channels, temporal_compression_ratio=4, **sizes)
 
     def own_reader(self, text_dim, **sizes):
@@ -101,7 +102,7 @@ class CogVideoX(_Random):
         from diffusers import CogVideoXDPMScheduler
         return CogVideoXDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
 
-    def call(self, pipe, words, negative): return dict(use_dynamic_cfg=False)
+    def call(self, pipe, words, negative, size): return dict(use_dynamic_cfg=False)
     def steered(self, kwargs, bias): return dict(kwargs, attention_kwargs=dict(attention_mask=bias))
     def prompted(self, passes, videos): return passes[-1][-videos:]
 

@@ -274,6 +274,7 @@ def format_report(report: dict  # of `check_case`
         lines += [head, *_table(report[role])]
     rate = f" at {base['fps']:g} fps" if base["fps"] else ""
     how = {"crop": "cropped", "pad": "padded"}[base["fit"]]
+    if "member" in base: lines += [f"base: {base['name']}, {base['member']} ({base['family']})"]
     lines += [f"used as: {how} to {base['width']}x{base['height']}, up to {base['frames']} frames{rate}"]
     verdict = "can be trained" if report["ok"] else "cannot be trained"
     last = f"This case {verdict} (errors: {report['errors']}, warnings: {report['warnings']})."

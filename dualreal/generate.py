@@ -20,7 +20,7 @@ from .base import sized
 from .checkpoint import Adapter, load_adapter, read_adapter
 from .core import InputError, pick_device, pick_dtype
 from .encode import check_finite, embed, release, tile
-from .family import family_of
+from .family import family_of, transformers_of
 from .memory import compile_blocks
 from .tuner import active, blend_weights
 from .tuner import dial as dialled_to
@@ -46,24 +46,26 @@ class Generation:
 # %% ../nbs/24_generate.ipynb
 class _Watch:
     "Notes the timestep and the controller's weights of each step."
-    def __init__(self, transformer, videos, config): # config: of the active adapter; None: the base alone
-        self.transformer, self.videos, self.config = transformer, videos, config
+    def __init__(self, pipe, videos, config): # config: of the active adapter; None: the base alone
+        self.pipe, self.videos, self.config = pipe, videos, config
+        self.adapted = [one for one in transformers_of(pipe) if active(one)]
         self.timesteps, self.rows, self.passes = [], [], []
 
     def __call__(self, pipe, step, timestep, tensors):
-        check_finite(tensors["latents"], f"step {step + 1}: the transformer", self.transformer.dtype)
+        check_finite(tensors["latents"], f"step {step + 1}: the transformer", pipe.transformer.dtype)
         self.timesteps.append(int(timestep))
-        if self.config: self.rows.append(family_of(pipe).prompted(self.passes, self.videos).float().cpu())
+        if self.passes: self.rows.append(family_of(pipe).prompted(self.passes, self.videos).float().cpu())
         self.passes.clear()
         return {}
 
     @contextmanager
     def watching(self):
         "Within the block, the weights of every pass are noted: guidance takes one a step, or two."
-        note = lambda *_: self.passes.append(blend_weights(self.transformer))
-        handle = self.transformer.register_forward_hook(note) if self.config else None
+        note = lambda one, *_: self.passes.append(blend_weights(one))
+        handles = [one.register_forward_hook(note) for one in self.adapted]
         try: yield
-        finally: handle and handle.remove()
+        finally:
+            for handle in handles: handle.remove()
 
     def weights(self, video): # (steps, groups)
         return torch.stack(self.rows)[:, video] if self.rows else None
@@ -83,8 +85,8 @@ def _as_told(watch, reference, dial):
     "Reference and dial in force on an adapter; a base without one knows neither."
     stack = ExitStack()
     if watch.config:
-        stack.enter_context(given_reference(watch.transformer, reference))
-        stack.enter_context(dialled_to(watch.transformer, dial))
+        stack.enter_context(given_reference(watch.pipe, reference))
+        stack.enter_context(dialled_to(watch.pipe, dial))
     return stack
 
 # %% ../nbs/24_generate.ipynb
@@ -99,10 +101,11 @@ def _approximated(pipe, cache): # cache: one of `CACHES`, or None: exact
     "Within the block, the transformer reuses results of earlier steps."
     if cache is not None and cache not in CACHES:
         raise InputError(f"cache {cache!r} is unknown: use one of {', '.join(CACHES)}, or none")
-    if cache is not None: pipe.transformer.enable_cache(CACHES[cache](pipe))
+    some = transformers_of(pipe) if cache is not None else []
+    for one in some: one.enable_cache(CACHES[cache](pipe))
     try: yield
     finally:
-        if cache is not None: pipe.transformer.disable_cache()
+        for one in some: one.disable_cache()
 
 # %% ../nbs/24_generate.ipynb
 def _denoise(pipe, prompts, seeds, texts, size, watch, negative):
@@ -115,8 +118,9 @@ def _denoise(pipe, prompts, seeds, texts, size, watch, negative):
                  max_sequence_length=size.max_tokens)
     drawn = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     with watch.watching():
-        video = pipe(prompt_embeds=said, negative_prompt_embeds=unsaid, **sizes, output_type="np", generator=drawn,
-                     callback_on_step_end=watch, **family_of(pipe).call(pipe, said, unsaid))
+        video = pipe(prompt_embeds=said, negative_prompt_embeds=unsaid, **sizes, output_type="np",
+                     generator=drawn, callback_on_step_end=watch,
+                     **family_of(pipe).call(pipe, said, unsaid, size))
     frames = np.stack(list(video.frames))
     check_finite(torch.from_numpy(frames), "the VAE", pipe.vae.dtype)
     return (frames * 255).round().astype(np.uint8)
@@ -139,7 +143,7 @@ def generate_all(pipe,              # a stock pipeline; its transformer may have
                  negative:str=None # a prompt of `texts`; None: the base's own
                 ) -> list[Generation]:
     "A video for each prompt and seed, of what is resolved already."
-    config, made = active(pipe.transformer), []
+    config, made = active(pipe), []
     _check_seeds(seeds)
     pipe.set_progress_bar_config(disable=not progress, leave=False, desc="denoising")
     if negative is None: negative = size.negative
@@ -147,7 +151,7 @@ def generate_all(pipe,              # a stock pipeline; its transformer may have
     if cache: told["approximate_cache"] = cache
     if negative: told["negative_prompt"] = negative
     for i in range(0, len(prompts), batch):
-        some, watch = prompts[i:i+batch], _Watch(pipe.transformer, len(prompts[i:i+batch]), config)
+        some, watch = prompts[i:i+batch], _Watch(pipe, len(prompts[i:i+batch]), config)
         with _approximated(pipe, cache), _as_told(watch, reference, dial), _as_published(pipe):
             frames = _denoise(pipe, some, seeds[i:i+batch], texts, size, watch, negative)
         made += [Generation(f, watch.timesteps, watch.weights(k), dict(told, prompt=some[k], seed=seeds[i+k]),
@@ -191,8 +195,8 @@ def open_pipe(adapter=None,       # `Adapter`, or what `read_adapter` takes; Non
 
 def put_on(pipe, adapter:Adapter):
     "Attach an adapter, or overwrite one of the same shape; it is used, not trained."
-    load_adapter(pipe.transformer, adapter)
-    pipe.transformer.requires_grad_(False)
+    load_adapter(pipe, adapter)
+    for one in transformers_of(pipe): one.requires_grad_(False)
 
 def last_words(pipe, prompts:list, max_tokens:int, device:str=None,
                offload:bool=False, # blocks wait in main memory: for small cards
@@ -203,14 +207,15 @@ def last_words(pipe, prompts:list, max_tokens:int, device:str=None,
     texts = embed(pipe, prompts, max_tokens, device)
     release(pipe, "text_encoder")
     if offload: _offload_blocks(pipe, device)
-    if compile: compile_blocks(pipe.transformer)
+    for one in transformers_of(pipe) if compile else (): compile_blocks(one)
     return texts
 
 def _offload_blocks(pipe, device):
     "Blocks come to `device` one by one; everything else of the transformer moves there. Same results."
     pipe.vae.to(device)
-    pipe.transformer.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
-        offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda")
+    for one in transformers_of(pipe):
+        one.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"),
+            offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda")
 
 # %% ../nbs/24_generate.ipynb
 def parse_lora(said:str) -> tuple: # path, weight

@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from .core import Dimension
 from .data import Item, read_item
 from .encode import Encoded, EncodedCase
-from .family import family_of
+from .family import Expert, experts_of, family_of
 from .memory import Plan, adamw
 from .objective import prediction_loss
 from .settings import BaseSize, TrainConfig
@@ -73,7 +73,7 @@ def batches_of(config:TrainConfig # completed
     "A step takes a batch of the dimension drawn."
     return {d: {d: (getattr(config, f"batch_{d}"), 1.)} for d in ("identity", "motion")}
 
-def dual_course(transformer,       # with its adapter
+def dual_course(transformer,       # with its adapter, or a pipeline
                 config:TrainConfig # completed
                ) -> Course:
     "The course of DualReal."
@@ -105,6 +105,11 @@ class Given:
 
     @property
     def family(self): return family_of(self.pipe)
+
+    @property
+    def experts(self) -> list: # of `Expert`
+        "Those that are trained."
+        return [e for e in experts_of(self.pipe) if self.config.expert in ("both", e.name or "both")]
 
     def positions(self, latents): # of one sample
         "What the transformer is told about positions, or None for a base that knows them."
@@ -188,9 +193,22 @@ class _Drawn:
     noise: torch.Tensor     # epsilon, same shape
     timestep: torch.Tensor  # (1,)
 
+def _draw_expert(run:Run) -> Expert:
+    "Whose step it is: each of several experts as often as the others."
+    found = run.given.experts
+    if len(found) == 1: return found[0]
+    return found[int(torch.randint(len(found), (1,), generator=run.generator))]
+
+def _draw_time(run:Run, expert:Expert, latents):
+    "A time of the expert's part."
+    while True:
+        time = run.given.family.draw_time(run.pipe.scheduler, run.generator, run.config, latents)
+        if expert.least <= time.item() < expert.most: return time
+
 def _draw_batch(run:Run,
                 samples:str, # a key of `run.samples`
-                count:int
+                count:int,
+                expert:Expert
                ) -> list:    # of `_Drawn`
     "The next `count` samples."
     items, g, family = run.samples[samples], run.generator, run.given.family
@@ -198,7 +216,7 @@ def _draw_batch(run:Run,
     def drawn(item):
         latents = item.sample(scaled, g)
         noise = torch.randn(latents.shape, generator=g)
-        return _Drawn(item, latents, noise, family.draw_time(run.pipe.scheduler, g, run.config, latents))
+        return _Drawn(item, latents, noise, _draw_time(run, expert, latents))
     return [drawn(items[i]) for i in run.orders[samples].take(count, g)]
 
 def _micro_batches(batch:list[_Drawn], size:int) -> list[list[_Drawn]]: # size: at most so many together
@@ -208,9 +226,9 @@ def _micro_batches(batch:list[_Drawn], size:int) -> list[list[_Drawn]]: # size: 
     return [same[i:i+size] for same in by_shape.values() for i in range(0, len(same), size)]
 
 # %% ../nbs/25_loop.ipynb
-def _part_loss(run:Run, part:list[_Drawn], samples:str):
+def _part_loss(run:Run, part:list[_Drawn], samples:str, transformer):
     "The denoising loss of samples of one shape, with the reference and the sides that the course says."
-    device, transformer = run.accelerator.device, run.pipe.transformer
+    device = run.accelerator.device
     latents, noise = (torch.stack([getattr(s, k) for s in part]).to(device) for k in ("latents", "noise"))
     text, timesteps = torch.stack([s.item.text for s in part]), torch.cat([s.timestep for s in part])
     known = samples in run.course.referenced and part[0].item.reference is not None
@@ -223,16 +241,17 @@ def _part_loss(run:Run, part:list[_Drawn], samples:str):
 # %% ../nbs/25_loop.ipynb
 def _backward(run:Run, dimension:str) -> tuple[float, list[float]]: # loss; mean identity weight of each group
     "Leave the gradient of a step's samples."
-    a, adapter = run.accelerator, active(run.pipe.transformer)
+    a, expert = run.accelerator, _draw_expert(run)
+    adapter = active(expert.transformer)
     told = torch.zeros(1 + (run.config.groups if adapter else 0), device=a.device) # fetched once, at the end
     for samples, (count, weight) in run.course.batches[dimension].items():
-        batch = _draw_batch(run, samples, count)
+        batch = _draw_batch(run, samples, count, expert)
         for part in _micro_batches(batch[a.process_index::a.num_processes], run.config.micro_batch):
-            share = _part_loss(run, part, samples) * (weight * len(part) / len(batch))
+            share = _part_loss(run, part, samples, expert.transformer) * (weight * len(part) / len(batch))
             share.backward()
             told[0] += share.detach()
             if not adapter: continue
-            told[1:] += blend_weights(run.pipe.transformer).float().sum(0).to(a.device) / len(batch)
+            told[1:] += blend_weights(expert.transformer).float().sum(0).to(a.device) / len(batch)
     loss, *weights = _sum_up(a, _learning(run), told.tolist())
     return loss, weights
 

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from .core import InputError
-from .family import family_of
-from .tuner import DualRealConfig, reference, stock_block
+from .family import family_of, transformers_of
+from .tuner import DualRealConfig, attached, reference, stock_block
 
 # %% ../nbs/23_memory.ipynb
 _POLICIES = "all", "attention", "nothing"
@@ -296,6 +296,7 @@ class _Needs:
     boundary: int        # the input of one block
     base: tuple          # of activations, per policy in the order of `_POLICIES`
     slope: tuple         # added by each block
+    experts: int = 1     # that share the device
 
     def activations(self, plan):
         "Peak of the intermediate results."
@@ -312,7 +313,8 @@ class _Needs:
         if plan.fp8: block -= saved
         resident = self.blocks - plan.streamed + (2 if plan.streamed else 0)
         state = self.trainable * (4 + 4 + (2 if plan.eight_bit else 8)) # values, gradients, optimiser
-        parts = dict(weights=resident*block + rest, adapter=state, activations=self.activations(plan))
+        weights, state = (n * self.experts for n in (resident*block + rest, state))
+        parts = dict(weights=weights, adapter=state, activations=self.activations(plan))
         return replace(plan, parts=tuple(parts.items()))
 
 # %% ../nbs/23_memory.ipynb
@@ -380,9 +382,10 @@ def plan(transformer,       # with its adapter; may be on the meta device
          size:StepSize,     # of one forward pass
          memory="auto",     # budget in gigabytes, or "auto"
          device="cpu",      # where it will run
-         eight_bit=False, fp8=False) -> Plan:
+         eight_bit=False, fp8=False,
+         experts:int=1) -> Plan: # transformers alike, of which one works at a time
     "The fastest plan that fits; `InputError` where none does."
-    budget, need = _budget_bytes(memory, device), needs(transformer, size)
+    budget, need = _budget_bytes(memory, device), replace(needs(transformer, size), experts=experts)
     made = (need.of(replace(c, eight_bit=eight_bit, fp8=fp8, budget=budget)) for c in _candidates(need.blocks)
             if not (fp8 and c.everything)) # fp8 weights are only there while a block runs
     for one in made:
@@ -407,17 +410,20 @@ def apply(transformer,     # with its adapter; in main memory, if it does not fi
 
 def place(pipe, config, device) -> Plan | None: # config: of `TrainConfig`, completed; None: as a whole
     "Move a pipeline's transformer, with what learns in it, to the device: as a whole, or by a plan."
-    made, thrifty = None, config.gradient_checkpointing
+    made, thrifty, some = None, config.gradient_checkpointing, transformers_of(pipe)
     if config.memory is not None:
         stride = family_of(pipe).stride(pipe.vae.config)
         size = StepSize(config.height, config.width, config.frames, config.micro_batch, stride)
-        made = plan(pipe.transformer, size, config.memory, device, config.eight_bit, config.fp8)
-        apply(pipe.transformer, made, device)
+        first = next((one for one in some if attached(one)), some[0])
+        made = plan(first, size, config.memory, device, config.eight_bit, config.fp8, len(some))
+        for one in some: apply(one, made, device)
     else:
-        pipe.transformer.to(device)
         if thrifty is None: thrifty = device.type != "cpu"
-        if thrifty: pipe.transformer.enable_gradient_checkpointing()
-    if config.compile: compile_blocks(pipe.transformer, dynamic=False) # one for clips, one for pictures
+        for one in some:
+            one.to(device)
+            if thrifty: one.enable_gradient_checkpointing()
+    if config.compile: # a program for clips, one for pictures
+        for one in some: compile_blocks(one, dynamic=False)
     return made
 
 def check_wishes(config, device):

@@ -162,7 +162,7 @@ def facts(run:Run) -> dict:
 def save_run(run:Run, folder):
     "The adapter of a run as it stands, with its facts and reference."
     known = facts(run)
-    save_adapter(run.pipe.transformer, folder, metadata=known, reference=run.case.reference)
+    save_adapter(run.pipe, folder, metadata=known, reference=run.case.reference)
 
 # %% ../nbs/26_resume.ipynb
 def _state(run, randoms):

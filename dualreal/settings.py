@@ -93,6 +93,8 @@ class BaseSize:
     groups: int = option(7, "of blocks that share their blend weights")
     rank: int = option(64, "of the adapters", "channels")
     reference_encoder: str = option("ViT-H-14", "see `load_reference_encoder`")
+    guidance_low: float | None = option(None, "the same for the expert of low noise, of bases that have two",
+                                        unset="as guidance")
     negative: str = option("", "what a video shall not show, where nothing else is said")
     clip_step: int = option(4, "a clip has a multiple of it, and one more", "frames")
     video_step: int = option(8, "a generated video has a multiple of it, and one more", "frames")
@@ -163,9 +165,11 @@ class TrainConfig:
                                 suggest=("auto", "12", "16", "24", "40", "80"), same=True)
     eight_bit: bool = option(False, "Adam's states in eight bits (bitsandbytes)")
     fp8: bool = option(False, "APPROXIMATE: frozen weights in eight bits")
-    sigmas: str = option("uniform", "uniform or logit-normal: how flow-matching bases draw their noise levels",
+    sigmas: str = option("uniform", "uniform or logit-normal: how flow matching draws its noise levels",
                          choices=("uniform", "logit-normal"))
-    shift: float | None = option(None, "of these noise levels towards noise", "", "the scheduler's own", above=0)
+    expert: str = option("both", "both, high or low: which experts of a base with two are trained",
+                         choices=("both", "high", "low"))
+    shift: float | None = option(None, "of these levels towards noise", "", "the scheduler's own", above=0)
     compile: bool = option(False, "compile the blocks: faster steps on a GPU", same=True)
     save_every: int = option(100, "steps between checkpoints; 0: the last one only", "steps", least=0,
                              same=True)
@@ -255,8 +259,7 @@ class GenerateConfig:
     reference_norm: str | None = _like(TrainConfig, "reference_norm", None, unset=_TRAINED)
     height: int | None = option(None, "of the frames", "pixels", _TRAINED)
     width: int | None = option(None, "of the frames", "pixels", _TRAINED)
-    frames: int | None = option(None, "frames of the video; of CogVideoX 1, 9, 17, …, of Wan 1, 5, 9, …", "frames",
-                                _TRAINED)
+    frames: int | None = option(None, "frames of the video: 1, 9, 17, …; Wan: 1, 5, 9, …", "frames", _TRAINED)
     steps: int | None = option(None, "steps of denoising", "steps", _TRAINED, label="Denoising")
     guidance: float | None = option(None, "how strictly the prompt is followed", "", _TRAINED)
     device: str | None = _like(TrainConfig, "device")

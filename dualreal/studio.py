@@ -36,11 +36,12 @@ from .doctor import case_sheet, check_case, format_report
 from .evaluate import evaluate
 from .figures import loss_figure, weights_figure
 from .generate import generate, open_pipe, put_on
+from .family import transformers_of
 from .memory import StepSize, plan
 from .report import write_pages
 from .settings import PUBLISHED, GenerateConfig, StudioConfig, TrainConfig, WatchConfig, as_flags
 from .store import check_writable, read_record, record_path, step_folders
-from .tuner import DualRealConfig
+from .tuner import DualRealConfig, attached
 from .video import write_video
 
 # %% ../nbs/51_studio.ipynb
@@ -202,10 +203,12 @@ class _Maker:
         if not prompt.strip(): raise InputError("prompt: say what the video shows")
         with self.turn:
             adapter = self.load(adapter)
-            if alone: self.pipe.transformer.disable_adapters()
+            adapted = [one for one in transformers_of(self.pipe) if attached(one)]
+            for one in adapted if alone else (): one.disable_adapters()
             how = dict(adapter.size, steps=steps, seed=seed, dial=0. if alone else dial, progress=False)
             try: made = generate(self.pipe, prompt, reference=adapter.reference, **how)
-            finally: self.pipe.transformer.enable_adapters()
+            finally:
+                for one in adapted: one.enable_adapters()
         return made, sized(self.pipe).fps
 
 # %% ../nbs/51_studio.ipynb

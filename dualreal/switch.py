@@ -9,7 +9,8 @@ __all__ = ['COUPLINGS', 'TrainingSwitch', 'named_parts', 'parts_of', 'focus']
 import random
 
 from .core import Dimension, InputError
-from .tuner import Site, conductor_of
+from .family import transformers_of
+from .tuner import Site, attached, conductor_of
 
 # %% ../nbs/05_switch.ipynb
 class TrainingSwitch:
@@ -37,8 +38,13 @@ class TrainingSwitch:
         self.random.setstate((version, tuple(numbers), gauss))
 
 # %% ../nbs/05_switch.ipynb
-def named_parts(transformer, adapter_name:str=None): # default: all active adapters
+def named_parts(transformer, # or a pipeline: all its experts
+                adapter_name:str=None): # default: all active adapters
     "(part, name in its module, parameter) one after the other: of the controller, then site by site."
+    for one in transformers_of(transformer): yield from _parts_of_one(one, adapter_name)
+
+def _parts_of_one(transformer, adapter_name):
+    if not attached(transformer): return # an expert that is not trained
     conductor = conductor_of(transformer)
     names = conductor.running if adapter_name is None else [adapter_name]
     for name in names:
@@ -50,14 +56,14 @@ def named_parts(transformer, adapter_name:str=None): # default: all active adapt
                 own = () if bottleneck is None else bottleneck.named_parameters()
                 yield from ((str(dimension), key, p) for key, p in own)
 
-def parts_of(transformer, adapter_name:str=None): # default: all active adapters
+def parts_of(transformer, adapter_name:str=None): # or a pipeline; default: all active adapters
     'Parameters by part: {"identity": [...], "motion": [...], "controller": [...]}.'
     parts = dict(identity=[], motion=[], controller=[])
     for part, _, p in named_parts(transformer, adapter_name): parts[part].append(p)
     return parts
 
 # %% ../nbs/05_switch.ipynb
-def focus(transformer,
+def focus(transformer, # or a pipeline: all its experts
           dimension): # "identity" or "motion": only it and the controller train; None: all three (mask off)
     "Choose what the next step trains: sets `requires_grad` on the active adapters, never on the base."
     if dimension is not None and dimension not in list(Dimension):

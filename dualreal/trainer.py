@@ -27,6 +27,7 @@ from .checkpoint import FILE, adapter_tensors
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
 from .data import joint_prompt, load_case
 from .encode import encode_all
+from .family import experts_of
 from .figures import loss_figure, save_figure, tradeoff_figure
 from .generate import generate_all
 from .loop import Given, Run, dual_course, loop, take_up
@@ -56,6 +57,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     pipe = load_base(config.base, "cpu", dtype)
     known = {k: getattr(config, k) for k in ("rank", "groups", "scale", "controller")}
     adapter = DualRealConfig(condition_dim=encoder and encoder.dim, **known)
+    if config.expert != "both" and len(experts_of(pipe)) == 1:
+        raise InputError(f"expert {config.expert!r}: this base has one transformer for all noise levels")
     check_attachable(pipe.transformer, adapter, "default")
     with accelerator.main_process_first(): # the others find it in the cache
         said = [*prompts, own.negative]
@@ -98,13 +101,13 @@ def prepare(config:TrainConfig, progress=True) -> Run:
     "Load, check, encode, attach: everything before the first step."
     start = time.perf_counter()
     given = set_up(config, progress)
-    config, transformer = given.config, given.pipe.transformer
+    config, pipe = given.config, given.pipe
     torch.manual_seed(config.seed)
-    transformer.add_adapter(given.adapter)
-    adapter = adapter_tensors(transformer)
+    for expert in given.experts: expert.transformer.add_adapter(given.adapter)
+    adapter = adapter_tensors(pipe)
     for p in adapter.values(): p.data = p.data.float()
-    plan = place(given.pipe, config, given.accelerator.device)
-    course = dual_course(transformer, config)
+    plan = place(pipe, config, given.accelerator.device)
+    course = dual_course(pipe, config)
     run = Run(given, plan, adapter)
     take_up(run, course)
     if run.plan and progress and given.accelerator.is_main_process:

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['DualRealConfig', 'Recalled', 'stock_block', 'Site', 'FeedForwardSite', 'AttentionSite', 'check_attachable',
-           'DualRealModel', 'conductor_of', 'active', 'reference', 'dial', 'blend_weights']
+           'DualRealModel', 'conductor_of', 'attached', 'active', 'reference', 'dial', 'blend_weights']
 
 # %% ../nbs/04_tuner.ipynb
 import sys
@@ -20,7 +20,7 @@ from torch import nn
 
 from .bottleneck import BottleneckPair
 from .core import Dimension, InputError
-from .family import family_of
+from .family import family_of, transformers_of
 from .stageblender import FixedBlend, StageBlender, dialled, group_of
 
 # %% ../nbs/04_tuner.ipynb
@@ -166,7 +166,8 @@ class _Conductor(_DualRealLayer):
         self.blend = self.time = self.tokens = None
         of = lambda moment: partial(moment, [tokens])
         self.handles = [transformer.register_forward_pre_hook(of(_begin)),
-                        time.register_forward_hook(of(_hear_time)), tokens.register_forward_hook(of(_hear_tokens)),
+                        time.register_forward_hook(of(_hear_time)),
+                        tokens.register_forward_hook(of(_hear_tokens)),
                         last.register_forward_hook(of(_forget)),
                         transformer.register_forward_hook(of(_finish), always_call=True)]
         skipped = getattr(transformer, "_skip_layerwise_casting_patterns", None) or ()
@@ -287,7 +288,7 @@ class FeedForwardSite(Site):
     def beside(self, args, kwargs, out): return self.added((*args, *kwargs.values())[0], out)
 
 class AttentionSite(Site):
-    "Beside the attention: video and text, where there is text, come apart; a bottleneck works token by token."
+    "Beside the attention: video and text, if there is any, come apart; a bottleneck works token by token."
     def beside(self, args, kwargs, out):
         given = dict(zip(("hidden_states", "encoder_hidden_states"), args)) | kwargs
         video, text = given["hidden_states"], given.get("encoder_hidden_states")
@@ -295,9 +296,13 @@ class AttentionSite(Site):
         return self.added(video, out[0]), self.added(text, out[1])
 
 # %% ../nbs/04_tuner.ipynb
+def _stock(module):
+    "The module itself, where a LoRA has taken its place."
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
 def _beside(transformer, family, module, key):
     "The layer of a stock module; the key says where the module is."
-    tokens = getattr(transformer, family.tokens)
+    tokens = _stock(getattr(transformer, family.tokens))
     conductor = getattr(tokens, "dualreal", None)
     if conductor is None: conductor = _Conductor(tokens, transformer, family)
     if key == family.tokens: return conductor
@@ -348,6 +353,7 @@ class DualRealModel(BaseTuner):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base, family = self.model.config, family_of(self.model)
+        target = _stock(target)
         layer = getattr(target, "dualreal", None) or _beside(self.model, family, target, current_key)
         blocks = len(getattr(self.model, family.blocks))
         last = family.time_width(base) if isinstance(layer, _Conductor) else blocks
@@ -374,22 +380,34 @@ def conductor_of(transformer) -> _Conductor:
         raise InputError(f"this {name} has no DualReal adapter: call add_adapter or load_adapter first")
     return found
 
-def active(transformer) -> DualRealConfig | None: # None: there is no adapter of ours, or it is silent
+def attached(transformer) -> bool:
+    "Whether a transformer has a DualReal adapter."
+    return any(isinstance(m, _Conductor) and m.configs for m in transformer.modules())
+
+def active(transformer) -> DualRealConfig | None: # or a pipeline; None: no adapter of ours, or it is silent
     "The configuration of the first DualReal adapter that forward passes use."
-    found = next((m for m in transformer.modules() if isinstance(m, _Conductor)), None)
-    if found is None or found.disable_adapters or not found.running: return None
-    return found.configs[found.running[0]]
+    for one in transformers_of(transformer):
+        found = next((m for m in one.modules() if isinstance(m, _Conductor)), None)
+        if found is not None and not found.disable_adapters and found.running:
+            return found.configs[found.running[0]]
+    return None
+
+def _conductors(transformer): # or a pipeline: of all experts that have one
+    found = [conductor_of(one) for one in transformers_of(transformer) if attached(one)]
+    return found or [conductor_of(transformers_of(transformer)[0])] # which says that there is none
 
 @contextmanager
-def reference(transformer, # with a DualReal adapter
+def reference(transformer, # with a DualReal adapter, or a pipeline
               embedding,   # (B, E) or (1, E), also (B|1, 1, E); None: condition absent
               acting=tuple(Dimension)): # the sides that act; for training, see `switch.COUPLINGS`
     "Within the block, forward passes see this reference embedding; adapters without a condition ignore it."
-    conductor = conductor_of(transformer)
-    before, given = (conductor.reference, conductor.acting), _checked(conductor, embedding)
-    conductor.reference, conductor.acting = given, _known_sides(acting)
+    conductors, sides = _conductors(transformer), _known_sides(acting)
+    given = [_checked(c, embedding) for c in conductors]
+    before = [(c.reference, c.acting) for c in conductors]
+    for c, e in zip(conductors, given): c.reference, c.acting = e, sides
     try: yield transformer
-    finally: conductor.reference, conductor.acting = before
+    finally:
+        for c, old in zip(conductors, before): c.reference, c.acting = old
 
 def _known_sides(acting):
     if acting and set(acting) <= set(Dimension): return tuple(map(str, acting)) # plain, for torch.compile
@@ -409,15 +427,17 @@ def _checked(conductor, embedding):
 
 # %% ../nbs/04_tuner.ipynb
 @contextmanager
-def dial(transformer,  # with a DualReal adapter
+def dial(transformer,  # with a DualReal adapter, or a pipeline
          value:float): # X in [-1, 1]: 0 neutral, positive towards identity
     "Within the block, identity weights are shifted by value * scale/2 (and motion takes the rest)."
     if not -1 <= value <= 1:
         raise InputError(f"dial {value}: give a number between -1 (motion) and 1 (identity)")
-    conductor = conductor_of(transformer)
-    before, conductor.dial = conductor.dial, float(value)
+    conductors = _conductors(transformer)
+    before = [c.dial for c in conductors]
+    for c in conductors: c.dial = float(value)
     try: yield transformer
-    finally: conductor.dial = before
+    finally:
+        for c, old in zip(conductors, before): c.dial = old
 
 def blend_weights(transformer, adapter_name:str=None): # default: the first active adapter
     "Identity weights of the last forward pass, (B, groups); motion has the rest of `scale`."

@@ -23,6 +23,7 @@ from dualreal.cli import main
 from dualreal.core import InputError
 from dualreal.family import families
 from dualreal.generate import generate
+from dualreal.loop import loop
 from dualreal.memory import StepSize, plan, set_policies
 from dualreal.objective import denoising_loss
 from dualreal.settings import TrainConfig
@@ -30,7 +31,7 @@ from dualreal.switch import focus, parts_of
 from dualreal.toy.bases import tiny_pipeline, tiny_transformer
 from dualreal.toy.world import write_case
 from dualreal.trainer import prepare, train
-from dualreal.tuner import DualRealConfig, blend_weights, conductor_of, dial, reference
+from dualreal.tuner import DualRealConfig, attached, blend_weights, conductor_of, dial, reference
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,8 +211,8 @@ def test_saved_and_loaded(family, tmp_path):
 def test_a_family_refuses_anothers_adapter(tmp_path):
     for own, other in zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1]):
         file = save_adapter(attach(stock(own, torch.float32)), tmp_path/own)
-        bare = read_adapter(file).tensors  # says nothing of LTX: its blocks are called as CogVideoX's
-        for source in (file, bare)[:1 if own == "ltx" else 2]:
+        bare = read_adapter(file).tensors  # tells nothing of two families whose lists have one name
+        for source in (file, bare)[:2 if own == "wan" else 1]:
             with pytest.raises(InputError, match=f"made for a base of the family {own}.*{other}"):
                 load_adapter(stock(other, torch.float32), source)
 
@@ -432,12 +433,80 @@ def test_commands(home, family, tmp_path, capsys):
     assert status == (0 if family == "cogvideox" else 2)
 
 
+# Two experts
+
+@pytest.fixture(scope="module")
+def pair(home): return tiny_pipeline(home/"pair", family="wan", split=.875, tokens=64)
+
+
+def both(pipe): return pipe.transformer, pipe.transformer_2
+
+
+def test_each_expert_learns_its_part(home, pair, tmp_path, monkeypatch):
+    "Steps of both, each at times of its own; a step moves the adapter of one."
+    run = prepare(config(home, "pair", tmp_path, steps=12), progress=False)
+    assert [e.name for e in run.given.experts] == ["high", "low"]
+    assert {k.startswith("transformer_2.") for k in run.adapter} == {True, False}
+    seen, moved, before = {0: [], 1: []}, [], {}
+    for i, one in enumerate(both(run.pipe)):
+        note = lambda m, args, kwargs, i=i: seen[i].extend(kwargs["timestep"].tolist())
+        one.register_forward_pre_hook(note, with_kwargs=True)
+
+    def look(run, row):
+        now = {k: p.detach().clone() for k, p in run.adapter.items()}
+        if before: moved.append({k.startswith("transformer_2.") for k in now if not now[k].equal(before[k])})
+        before.update(now)
+
+    loop(run, look)
+    assert seen[0] and seen[1] and min(seen[0]) >= 875 > max(seen[1])
+    assert all(len(m) == 1 for m in moved) and len({*map(tuple, moved)}) == 2
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_one_expert_alone(home, pair, tmp_path, expert):
+    file = train(config(home, "pair", tmp_path, expert=expert, steps=2), progress=False)
+    tensors = read_adapter(file).tensors
+    assert {k.startswith("transformer_2.") for k in tensors} == {expert == "low"}
+    pipe = load_base(pair)
+    load_adapter(pipe, file)
+    assert [attached(one) for one in both(pipe)] == [expert == "high", expert == "low"]
+    made = generate(pipe, "a robot * is moving", steps=4, progress=False)
+    assert 0 < len(made.weights) < 4  # of the steps that the trained one takes
+    with pytest.raises(InputError, match="one transformer for all noise levels"):
+        train(config(home, "wan", tmp_path/"one", expert=expert), progress=False)
+
+
+def test_two_experts_in_one_file(home, pair, tmp_path):
+    "Trained, resumed, generated with both; silent ones leave the stock video."
+    file = train(config(home, "pair", tmp_path/"run"), progress=False)
+    adapter, pipe = read_adapter(file), load_base(pair)
+    how = dict(prompt="a robot * is moving", steps=4, progress=False)
+    plain = generate(pipe, **how).frames
+    load_adapter(pipe, adapter)
+    made = generate(pipe, reference=adapter.reference, **how)
+    assert made.weights.shape == (4, 4) and not np.array_equal(made.frames, plain)
+    for one in both(pipe): one.disable_adapters()
+    assert np.array_equal(generate(pipe, **how).frames, plain)
+    with pytest.raises(InputError, match="base with two experts"):
+        load_adapter(load_base(home/"wan"), adapter)
+    asked = ["--adapter", str(tmp_path/"run"), "--prompt", "a robot * is moving", "--steps", "2"]
+    assert main(["generate", *asked, "--out", str(tmp_path/"video.mp4")]) == 0
+    single = plan(pipe.transformer, StepSize(32, 32, 9), 4)
+    double = plan(pipe.transformer, StepSize(32, 32, 9), 4, experts=2)
+    assert dict(double.parts)["weights"] == 2 * dict(single.parts)["weights"]
+
+
+def test_other_methods_want_one_transformer(home, pair, tmp_path):
+    from dualreal.experiments.baselines import find_method
+    with pytest.raises(InputError, match="this base has two"):
+        find_method("lora").prepare(config(home, "pair", tmp_path, prompts=["a robot * is moving"]))
+
+
 def test_bases_of_no_family_are_refused_from_their_configuration(home, tmp_path):
     import shutil
     for name, part, change, said in (
             ("flux", "model_index.json", dict(_class_name="FluxPipeline"), "FluxPipeline, of no family"),
-            ("image", "transformer/config.json", dict(in_channels=36), "image-to-video"),
-            ("experts", "model_index.json", dict(boundary_ratio=.875), "two experts")):
+            ("image", "transformer/config.json", dict(in_channels=36), "image-to-video")):
         folder = tmp_path/name
         shutil.copytree(home/"wan", folder)
         config = json.loads((folder/part).read_text())

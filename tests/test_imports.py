@@ -67,8 +67,9 @@ def test_a_family_loads_nothing(module):
     assert not {n.split(".")[0] for n in imports(module, functions=False)} & HEAVY
 
 
-THEIRS = re.compile(r"CogVideoX\w*(3D|Pipeline|Scheduler)|Wan\w*(3D|Pipeline)|AutoencoderKL|add_noise|get_velocity|"
-                    r"[48]k ?\+ ?1|attention_kwargs|_prepare_rotary_positional_embeddings|scaling_factor|latents_mean")
+THEIRS = re.compile(r"CogVideoX\w*(3D|Pipeline|Scheduler)|Wan\w*(3D|Pipeline)|AutoencoderKL|add_noise|"
+                    r"get_velocity|[48]k ?\+ ?1|attention_kwargs|_prepare_rotary_positional_embeddings|"
+                    r"scaling_factor|latents_mean")
 
 
 @some(*(m for m in MODULES if m not in {"family", *FAMILIES}))

@@ -89,6 +89,8 @@ class Method:
     def prepare(self, config:TrainConfig) -> Run:
         "Load, check, encode."
         given = set_up(replace(config, **self.settings), progress=False)
+        if len(given.experts) > 1:
+            raise InputError(f"{self.title}: trains one transformer, and this base has two")
         for name, off in _TRAINER.items(): setattr(given.config, name, off) # a base's note may ask for them
         return Run(given, place(given.pipe, given.config, given.accelerator.device))
 

@@ -124,8 +124,8 @@ def build(shapes:Shapes, adapter=True, seed=0, device="cpu"):
     with torch.device("meta"):
         family = families()[shapes.family]
         transformer = getattr(diffusers, family.transformer)(**family.shaped(
-            blocks=shapes.blocks, heads=shapes.width // 64, head_dim=64, channels=16, text_dim=shapes.text_dim,
-            time_dim=512, tokens=shapes.text, height=shapes.height, width=shapes.side,
+            blocks=shapes.blocks, heads=shapes.width // 64, head_dim=64, channels=16, time_dim=512,
+            text_dim=shapes.text_dim, tokens=shapes.text, height=shapes.height, width=shapes.side,
             frames=4*shapes.frames - 3))
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randn(2**20, generator=draw).to(device) # repeated: 5.6 billion would take minutes
@@ -251,7 +251,8 @@ def kept_per_block(shapes:Shapes, plain=False, dimension="motion", mask=True) ->
         if plain: plainly(transformer)
         focus(transformer, dimension if mask and not plain else None)
         given = part(inputs(shapes, dimension), 0, 1)
-        return kept_bytes(lambda: denoising_loss(transformer, scheduler_of(transformer), **given), transformer)
+        scheduler = scheduler_of(transformer)
+        return kept_bytes(lambda: denoising_loss(transformer, scheduler, **given), transformer)
     return total(3) - total(2)
 
 # %% ../../nbs/44_speed.ipynb

@@ -39,15 +39,16 @@ def tiny_transformer(seed:int=0, layers:int=4, heads:int=2, head_dim:int=16, cha
                     ) -> torch.nn.Module: # random weights
     "A transformer small enough for a test."
     torch.manual_seed(seed)
-    return _transformer(families()[family], dict(blocks=layers, heads=heads, head_dim=head_dim, channels=channels,
-        text_dim=text_dim, time_dim=time_dim, tokens=tokens, height=side, width=side, frames=frames))
+    sizes = dict(blocks=layers, heads=heads, head_dim=head_dim, channels=channels, text_dim=text_dim,
+                 time_dim=time_dim, tokens=tokens, height=side, width=side, frames=frames)
+    return _transformer(families()[family], sizes)
 
 # %% ../../nbs/28_toybases.ipynb
-def _save(folder, family:Family, transformer, vae, reader, tokens:int, dtype, own=None):
+def _save(folder, family:Family, transformer, vae, reader, tokens:int, dtype, own=None, **more):
     "Write a pipeline folder of these parts; own: what its `dualreal.json` says."
     for part in (transformer, vae, reader): torch.nn.Module.to(part.eval(), dtype)
-    pipe = getattr(diffusers, family.pipeline)(tokenizer=_byte_tokenizer(tokens), text_encoder=reader, vae=vae,
-        transformer=transformer, scheduler=family.own_scheduler())
+    pipe = getattr(diffusers, family.pipeline)(tokenizer=_byte_tokenizer(tokens), text_encoder=reader,
+        vae=vae, transformer=transformer, scheduler=family.own_scheduler(), **more)
     pipe.save_pretrained(folder)
     if own: write_json(Path(folder)/"dualreal.json", own)
     return Path(folder)
@@ -57,6 +58,7 @@ _READER = dict(vocab_size=300, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
 def tiny_pipeline(folder, # where to write it
                   seed:int=0, layers:int=4,
                   family:str="cogvideox",
+                  split:float=None, # of Wan: two experts, and where they part
                   tokens:int=16, text_dim:int=32, channels:int=4, **sizes # of `tiny_transformer`
                  ) -> Path: # the folder
     "Write a complete pipeline folder with random weights and 32-pixel videos."
@@ -67,8 +69,11 @@ def tiny_pipeline(folder, # where to write it
     side, frames = sizes.get("side", 4) * f.stride(vae.config)[1], sizes.get("frames", 9)
     known = f.size(dict(transformer=transformer.config, vae=vae.config, pipeline={}))
     own = dict(height=side, width=side, frames=frames, max_tokens=tokens, negative="")
-    return _save(folder, f, transformer, vae, reader, tokens, torch.float32,
-                 {k: v for k, v in own.items() if known.get(k, "") != v})
+    own = {k: v for k, v in own.items() if known.get(k, "") != v}
+    second = dict(tokens=tokens, text_dim=text_dim, channels=channels, family=family, **sizes)
+    more = {} if split is None else \
+        dict(boundary_ratio=split, transformer_2=tiny_transformer(seed + 1, layers, **second))
+    return _save(folder, f, transformer, vae, reader, tokens, torch.float32, own, **more)
 
 # %% ../../nbs/28_toybases.ipynb
 def wide_pipeline(folder, # where to write it; about 0.35 GB with one layer
