@@ -34,9 +34,9 @@ from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
 from .data import load_case
 from .doctor import case_sheet, check_case, format_report
 from .evaluate import evaluate
+from .family import transformers_of
 from .figures import loss_figure, weights_figure
 from .generate import generate, open_pipe, put_on
-from .family import transformers_of
 from .memory import StepSize, plan
 from .report import write_pages
 from .settings import PUBLISHED, GenerateConfig, StudioConfig, TrainConfig, WatchConfig, as_flags

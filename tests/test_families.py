@@ -21,10 +21,11 @@ from dualreal.checkpoint import (
 )
 from dualreal.cli import main
 from dualreal.core import InputError
+from dualreal.experiments.speed import Shapes, build, kept_per_block
 from dualreal.family import families
 from dualreal.generate import generate
 from dualreal.loop import loop
-from dualreal.memory import StepSize, plan, set_policies
+from dualreal.memory import StepSize, needs, plan, set_policies
 from dualreal.objective import denoising_loss
 from dualreal.settings import TrainConfig
 from dualreal.switch import focus, parts_of
@@ -301,6 +302,15 @@ def test_memory_is_estimated(family):
     plenty = plan(transformer, size, 4)
     assert plenty.policies == ["all"] * 4 and dict(plenty.parts)["activations"] > 0
     assert size.latents(transformer)[1:] == tuple(given(family)["latents"].shape[1:])
+
+
+@every
+def test_what_a_block_keeps_is_what_the_planner_says(family):
+    shapes = Shapes(width=128, blocks=2, text=16, frames=3, height=8, side=8, batch=1, rank=8, groups=1,
+                    text_dim=32, reference=10, family=family)
+    measured = kept_per_block(shapes)
+    said = needs(build(shapes), StepSize(64, 64, 9, text=16)).slope[0]
+    assert .9 < said / measured < 1.1
 
 
 # A base
