@@ -21,7 +21,7 @@ from .core import InputError, atomic_path, few
 from .family import experts_of, families, family_of
 from .stageblender import FixedBlend, StageBlender
 from .store import FILE, PICKLES, find_adapter
-from .tuner import AttentionSite, DualRealConfig, Site, attached, conductor_of
+from .tuner import AttentionSite, DualRealConfig, Site, adapted, conductor_of
 
 # %% ../nbs/21_checkpoint.ipynb
 _DIMENSION = {"id": "identity", "motion": "motion"}
@@ -43,8 +43,7 @@ def _pair_tensors(pair:BottleneckPair,
 def adapter_tensors(transformer, # or a pipeline: of all experts that have the adapter
                     adapter_name="default") -> dict:
     "The adapter's parameters themselves, under the published names."
-    found = [e for e in experts_of(transformer) if attached(e.transformer)] or experts_of(transformer)[:1]
-    each = [(e.prefix, _tensors_of(e.transformer, adapter_name)) for e in found]
+    each = [(e.prefix, _tensors_of(e.transformer, adapter_name)) for e in adapted(transformer)]
     return {prefix + k: p for prefix, tensors in each for k, p in tensors.items()}
 
 def _tensors_of(transformer, adapter_name):
@@ -215,7 +214,7 @@ def save_adapter(transformer,            # with a DualReal adapter, or a pipelin
                  reference=None):        # reference embedding (E,), (1, E) or (1, 1, E) to carry along
     "Save one adapter of a transformer atomically; returns the file's path."
     tensors = published_state(transformer, adapter_name)
-    first = next(e.transformer for e in experts_of(transformer) if attached(e.transformer))
+    first = adapted(transformer)[0].transformer
     if reference is not None and reference.numel() != reference.shape[-1]:
         raise InputError(f"reference of shape {tuple(reference.shape)}: a file carries one, (1, E)")
     config = {k: getattr(first.peft_config[adapter_name], k) for k in _CONFIG}

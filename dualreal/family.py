@@ -211,13 +211,12 @@ def named_family(**known) -> Family | None: # e.g. pipeline="CogVideoXPipeline"
 
 def family_of(thing) -> Family: # a transformer, or a pipeline with one
     "The family of a transformer; `InputError` for a class that belongs to none."
-    transformer = getattr(thing, "transformer", thing)
-    transformer = getattr(transformer, "_orig_mod", transformer) # of `torch.compile`
-    names = [cls.__name__ for cls in type(transformer).__mro__]
-    found = (named_family(transformer=name) for name in names)
+    thing = getattr(thing, "transformer", thing)
+    within = thing.modules() if hasattr(thing, "modules") else [thing] # compiled, or wrapped otherwise
+    found = (named_family(transformer=cls.__name__) for one in within for cls in type(one).__mro__)
     if family := next(filter(None, found), None): return family
     known = ", ".join(f.transformer for f in FAMILIES.values())
-    raise InputError(f"{names[0]} is of no family that dualreal knows ({known}): "
+    raise InputError(f"{type(thing).__name__} is of no family that dualreal knows ({known}): "
                      "dualreal.family.register enters another")
 
 # %% ../nbs/03_family.ipynb

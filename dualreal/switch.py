@@ -9,8 +9,7 @@ __all__ = ['COUPLINGS', 'TrainingSwitch', 'named_parts', 'parts_of', 'focus']
 import random
 
 from .core import Dimension, InputError
-from .family import transformers_of
-from .tuner import Site, attached, conductor_of
+from .tuner import Site, adapted, conductor_of
 
 # %% ../nbs/05_switch.ipynb
 class TrainingSwitch:
@@ -41,10 +40,9 @@ class TrainingSwitch:
 def named_parts(transformer, # or a pipeline: all its experts
                 adapter_name:str=None): # default: all active adapters
     "(part, name in its module, parameter) one after the other: of the controller, then site by site."
-    for one in transformers_of(transformer): yield from _parts_of_one(one, adapter_name)
+    for expert in adapted(transformer): yield from _parts_of_one(expert.transformer, adapter_name)
 
 def _parts_of_one(transformer, adapter_name):
-    if not attached(transformer): return # an expert that is not trained
     conductor = conductor_of(transformer)
     names = conductor.running if adapter_name is None else [adapter_name]
     for name in names:

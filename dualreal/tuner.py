@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['DualRealConfig', 'Recalled', 'stock_block', 'Site', 'FeedForwardSite', 'AttentionSite', 'check_attachable',
-           'DualRealModel', 'conductor_of', 'attached', 'active', 'reference', 'dial', 'blend_weights']
+           'DualRealModel', 'conductor_of', 'attached', 'adapted', 'active', 'reference', 'dial', 'blend_weights']
 
 # %% ../nbs/04_tuner.ipynb
 import sys
@@ -20,7 +20,7 @@ from torch import nn
 
 from .bottleneck import BottleneckPair
 from .core import Dimension, InputError
-from .family import family_of, transformers_of
+from .family import experts_of, family_of, transformers_of
 from .stageblender import FixedBlend, StageBlender, dialled, group_of
 
 # %% ../nbs/04_tuner.ipynb
@@ -384,6 +384,11 @@ def attached(transformer) -> bool:
     "Whether a transformer has a DualReal adapter."
     return any(isinstance(m, _Conductor) and m.configs for m in transformer.modules())
 
+def adapted(transformer) -> list: # or a pipeline; of `Expert`
+    "The experts that have an adapter; where none has, the first, which will say so."
+    experts = experts_of(transformer)
+    return [e for e in experts if attached(e.transformer)] or experts[:1]
+
 def active(transformer) -> DualRealConfig | None: # or a pipeline; None: no adapter of ours, or it is silent
     "The configuration of the first DualReal adapter that forward passes use."
     for one in transformers_of(transformer):
@@ -392,9 +397,7 @@ def active(transformer) -> DualRealConfig | None: # or a pipeline; None: no adap
             return found.configs[found.running[0]]
     return None
 
-def _conductors(transformer): # or a pipeline: of all experts that have one
-    found = [conductor_of(one) for one in transformers_of(transformer) if attached(one)]
-    return found or [conductor_of(transformers_of(transformer)[0])] # which says that there is none
+def _conductors(transformer): return [conductor_of(e.transformer) for e in adapted(transformer)]
 
 @contextmanager
 def reference(transformer, # with a DualReal adapter, or a pipeline

@@ -86,7 +86,8 @@ def test_what_the_file_says(tmp_path):
     with safe_open(path, "pt") as f: info = json.loads(f.metadata()["dualreal"])
     assert info["config"] == dict(rank=3, groups=2, condition_dim=5, scale=1., identity=True, motion=True,
                                   controller=True)
-    assert info["transformer"] == dict(blocks=4, width=16, time_dim=8) | {"class": type(stock()).__name__}
+    assert info["transformer"] == {"family": "cogvideox", "class": type(stock()).__name__, "blocks": 4,
+                                   "width": 16, "time_dim": 8}
     assert info["training"] == dict(steps=3, out=str(tmp_path)) and info["subject"] == "cat *"
     adapter = read_adapter(path.parent)
     tensors, read, carried = adapter.tensors, adapter.info, adapter.reference

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from dualreal import memory
 from dualreal.checkpoint import adapter_tensors, folded, load_adapter, published_state, save_adapter
 from dualreal.core import InputError
-from dualreal.experiments.speed import SCHEDULER
+from dualreal.experiments.speed import scheduler_of
 from dualreal.memory import Plan, StepSize, apply, set_policies
 from dualreal.objective import denoising_loss
 from dualreal.switch import focus
@@ -48,7 +48,7 @@ def masked_step(transformer, dimension, micro):
     focus(transformer, dimension)
     for i in range(0, 4, micro):
         some = {k: v if v is None else v[i:i+micro] for k, v in batch.items()}
-        (denoising_loss(transformer, SCHEDULER, **some) * micro / 4).backward()
+        (denoising_loss(transformer, scheduler_of(transformer), **some) * micro / 4).backward()
     grads = {k: p.grad for k, p in adapter_tensors(transformer).items() if p.grad is not None}
     transformer.zero_grad()
     return grads

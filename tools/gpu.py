@@ -4,9 +4,11 @@ The table of nbs/44_speed.ipynb; a base of 12 GB (small: a tiny one, to try this
 benchmark on that base, end to end:
 
     python tools/gpu.py speed data/results/speed/gpu.json [ROUNDS [ROW ...]]
+    python tools/gpu.py speed-wan data/results/speed/gpu-wan.json [ROUNDS [ROW ...]]
     python tools/gpu.py base FOLDER [small]
     python tools/gpu.py paths FOLDER DATA OUT
 
+speed-wan has the shapes of Wan 2.1-1.3B, 81 frames of 480x832.
 ROW is a name in that file, "ours, 16" for one; none: all. DATA holds a folder of pictures (dog) and one of
 clips (playingGuitar), a prompts.txt in each. What videos show is noise: that every step runs, how long it
 takes and how much memory it needs is what these tell.
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from dualreal.core import pick_device, write_json
-from dualreal.experiments.speed import record_gpu
+from dualreal.experiments.speed import FIVE_B, WAN_1_3B, record_gpu
 from dualreal.toy.bases import tiny_pipeline, wide_pipeline
 
 CASE = dict(subject="dog", motion="playingGuitar")
@@ -74,8 +76,9 @@ def noted(run, out):
 
 def main(what="", *where):
     pick_device()  # also settles how the device's memory is shared out
-    if what == "speed" and where:
-        record_gpu(where[0], rounds=int(where[1]) if where[1:] else 3, only=where[2:])
+    shapes = {"speed": FIVE_B, "speed-wan": WAN_1_3B}
+    if what in shapes and where:
+        record_gpu(where[0], shapes[what], rounds=int(where[1]) if where[1:] else 3, only=where[2:])
     elif what == "base" and where: make_base(where[0], where[1:] == ("small",))
     elif what == "paths" and len(where) == 3: sys.exit(paths(*where))
     else: sys.exit(__doc__)
