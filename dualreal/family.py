@@ -37,6 +37,8 @@ class Family:
     downloads = {}    # Hub id -> GB of transformer, text encoder, VAE
     lora = "to_q", "to_k", "to_v", "to_out.0" # modules that a LoRA adapts
 
+    def __repr__(self): return f"<family {self.name}>"
+
     # Where things are
 
     def width(self, config) -> int: # config: the transformer's, here and below
