@@ -93,7 +93,10 @@ def _configs(base) -> dict: # a pipeline, or its folder; part -> configuration, 
 
 def _check_known(folder:Path, base):
     "`InputError` for a pipeline that adapters cannot be attached to."
-    why = base_family(folder).refusal(_configs(folder))
+    family, configs = base_family(folder), _configs(folder)
+    kind = configs["transformer"].get("_class_name", family.transformer)
+    why = family.refusal(configs) if kind == family.transformer else \
+        f"its pipeline is a {family.pipeline}, but its transformer a {kind}; fetch it again"
     if why: raise InputError(f"base {base}: {why}")
 
 _WEIGHTS = re.compile(r"\w+?(?:\.(\w+?))?(?:-\d+-of-\d+)?\.safetensors") # name, variant, number of a shard

@@ -473,7 +473,9 @@ def test_full_disk_during_a_video(small_disk, suffix):
 
 # Bases that cannot be used, and numbers that are none
 
-OTHERS = {"is a WanPipeline": ("model_index.json", dict(_class_name="WanPipeline")),
+OTHERS = {"is a FluxPipeline": ("model_index.json", dict(_class_name="FluxPipeline")),
+          "pipeline is a WanPipeline, but its transformer a CogVideoXTransformer3DModel":
+              ("model_index.json", dict(_class_name="WanPipeline")),
           "is a CogVideoXImageToVideoPipeline":
               ("model_index.json", dict(_class_name="CogVideoXImageToVideoPipeline")),
           "cannot be trained yet": ("transformer/config.json", dict(patch_size_t=2))}
