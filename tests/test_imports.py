@@ -256,7 +256,8 @@ def test_refused_beside_a_case_needs_no_torch(case, tmp_path):
             "lora no", "frames 10", "height 33", "reference no.png", "approximate magic", "base no")),
         *(f"generate --adapter {file} {ask}" for file in ("odd.safetensors", "bad.safetensors", "me/none")),
         f"{score} --prompts no", f"{score} --motion no", f"{score} --weights no",
-        f"{score} --midpoint no.pt2", f"{score} --truth cat", "inspect bad.safetensors", "convert bad.safetensors b.pth",
+        f"{score} --midpoint no.pt2", f"{score} --truth cat",
+        "inspect bad.safetensors", "convert bad.safetensors b.pth",
         "convert a.safetensors b.txt", "convert a.safetensors b.pth --reference no.png",
         "card a.safetensors --report no", "card a.safetensors --report report.json", "card bad.safetensors",
         "push a.safetensors cat", "push a.safetensors me/cat")
@@ -270,14 +271,16 @@ def test_a_benchmark_is_refused_without_torch(tmp_path):
     toy = json.loads((ROOT/"data/benchmark/toy.json").read_text(encoding="utf-8"))
     write_json(tmp_path/"odd.json", toy | dict(name="odd", scorer="taste"))
     wrong = ("--bench no", "--bench no.json", "--bench bad.json", "--bench few.json", "--bench odd.json",
-             "--methods loraa", "--methods lora:rnk=4", "--methods lora:rank=x", "--methods lora_together:motion_steps=3",
-             "--cases teal_cat-flying", "--seeds a", "--seeds 1,1", "--steps 0", "--data no", "--base no",
+             "--methods loraa", "--methods lora:rnk=4", "--methods lora:rank=x",
+             "--methods lora_together:motion_steps=3", "--cases teal_cat-flying",
+             "--seeds a", "--seeds 1,1", "--steps 0", "--data no", "--base no",
              "--base me/none", "--jobs no.json", "--jobs bad.json", "--tries 3", "--lrs 1e-3",
              "--workers 0", "--format pdf", "--bench published")
     words = [f"bench run --out out {one}" for one in wrong]
     words += ["bench fly", "bench data", "bench data --data no", "bench report --methods loraa",
-              "bench report --out out", "bench status --cases no", "bench status --bench published", "bench search --methods loraa",
-              "bench search --lrs 0", "bench search --tries 2 --methods base", "bench search --base no"]
+              "bench report --out out", "bench status --cases no", "bench status --bench published",
+              "bench search --methods loraa", "bench search --lrs 0",
+              "bench search --tries 2 --methods base", "bench search --base no"]
     without_torch([line.split() for line in words], 2, tmp_path)
 
 
