@@ -20,7 +20,7 @@ from .bottleneck import BottleneckPair
 from .core import InputError, atomic_path, few
 from .family import experts_of, families, family_of
 from .stageblender import FixedBlend, StageBlender
-from .store import FILE, PICKLES, find_adapter
+from .store import FILE, PICKLES, adapter_info, find_adapter, why_unread
 from .tuner import AttentionSite, DualRealConfig, Site, adapted, conductor_of
 
 # %% ../nbs/21_checkpoint.ipynb
@@ -249,27 +249,16 @@ def read_adapter(source) -> Adapter: # a path, or a dictionary of tensors
     return Adapter(tensors, info, tensors.pop(_REFERENCE, None), where)
 
 def _read_file(path):
-    try: return _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    if path.suffix == ".safetensors": return _read_safetensors(path)
+    try: return _read_pickle(path), {}
     except Exception as e: # a damaged file can fail in any way
         code = "Unsupported global" in str(e) or "GLOBAL" in str(e)
-        reason = "it holds more than tensors, and loading it could run code" if code else \
-            e.strerror if isinstance(e, OSError) and e.strerror else \
-            str(e) if str(e).startswith("its metadata") else "the file is damaged or of another kind"
+        reason = "it holds more than tensors, and loading it could run code" if code else why_unread(e)
         raise InputError(f"{path}: cannot be read as an adapter: {reason}") from e
 
 def _read_safetensors(path):
-    with safe_open(path, "pt") as f:
-        info = json.loads((f.metadata() or {}).get("dualreal", "{}"))
-        return {k: f.get_tensor(k) for k in f.keys()}, _checked_info(info)
-
-def _checked_info(info) -> dict: # what JSON gave
-    "The metadata of a file, or `ValueError`: a stranger's may hold anything."
-    kinds = dict(config=dict, training=dict, generation=dict, transformer=dict, base=str)
-    wrong = [k for k, kind in kinds.items() if not isinstance(info.get(k, kind()), kind)]
-    size = info.get("generation", {})
-    wrong += [k for k, v in size.items() if k not in ("height", "width", "frames") or type(v) is not int]
-    if wrong: raise ValueError(f"its metadata are not of a DualReal adapter ({', '.join(wrong)})")
-    return dict(info)
+    info = adapter_info(path)
+    with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, info
 
 def _read_pickle(path): return dict(torch.load(path, map_location="cpu", weights_only=True))
 

@@ -98,19 +98,25 @@ def _loaded(config):
 def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     "dualreal train: folders in, an adapter out."
     settings.checked(config)
-    from dualreal.base import find_sizes
-    from dualreal.store import check_out
+    if watch.score_previews and not config.preview_every:
+        raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
+    from dualreal.base import base_size, find_sizes, video_size
+    from dualreal.store import check_out, check_same
     if check_out(config.out, config.resume):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
     _loaded(config)
-    find_sizes(config.base)
+    whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
+    check_same(whole)
+    video_size(folder, whole)
+    settings.trackers_of(config)
+    log = watch.log and _step_log(watch.log)
     _alive()
     from dualreal.trainer import train  # with PyTorch: what was refused did not wait for it
     _no_bars()
     score = _preview_scorer(watch.score_previews, config) if watch.score_previews else None
     _warn(config)
-    path = train(config, watch.log and _step_log(watch.log), score=score)
+    path = train(config, log, score=score)
     if os.environ.get("RANK", "0") != "0": return # of several processes, one reports
     print(f"adapter        {path}\ncontact sheet  {path.parent/'contact_sheet.png'}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
@@ -130,8 +136,6 @@ def _warn(config):
 # %% ../nbs/52_cli.ipynb
 def _preview_scorer(which, config):
     "The callback that measures previews."
-    if not config.preview_every:
-        raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.core import pick_device
     from dualreal.evaluate import preview_scorer
     if which == "auto": which = "toy" if config.base == "toy" else "published"
@@ -177,18 +181,16 @@ def _run_generate(args:settings.GenerateConfig):
     if not -1 <= args.dial <= 1:
         raise InputError(f"--dial {args.dial}: give a number between -1 (motion) and 1 (identity)")
     asked = _asked(settings.checked(args))
-    from dualreal.base import fetch_adapter, find_sizes, sized
-    file = fetch_adapter(args.adapter)
-    if args.base: find_sizes(args.base)
+    from dualreal.base import fetch_adapter, parse_lora, sized
+    loras, file = [*map(parse_lora, args.lora or [])], fetch_adapter(args.adapter)
+    given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
+    _check_generate(args, file, given)
     _alive()
     from dualreal.checkpoint import read_adapter  # with PyTorch: what was refused did not wait
-    from dualreal.generate import CACHES, add_loras, generate, last_words, open_pipe, parse_lora
-    if args.approximate not in (None, *CACHES):
-        raise InputError(f"--approximate {args.approximate}: use one of {', '.join(CACHES)}, or leave it out")
+    from dualreal.generate import add_loras, generate, last_words, open_pipe
     _no_bars()
-    loras, adapter = [*map(parse_lora, args.lora or [])], read_adapter(file)
+    adapter = read_adapter(file)
     _note_star(adapter, [prompt for _, prompt, _ in asked])
-    given = {k: getattr(args, k) for k in _SIZES if getattr(args, k) is not None}
     pipe = open_pipe(adapter, args.base, args.device, args.precision, args.offload)
     add_loras(pipe, loras)
     reference, size = _reference(args, adapter), sized(pipe, **{**adapter.size, **given})
@@ -201,6 +203,18 @@ def _run_generate(args:settings.GenerateConfig):
         made = generate(pipe, prompt, texts, reference, seed, args.dial, args.approximate,
                         negative=negative, **{k: getattr(size, k) for k in _SIZES})
         _write_generation(path, made, size.fps, **facts)
+
+# %% ../nbs/52_cli.ipynb
+def _check_generate(args, file, given): # given: sizes
+    "`InputError` for what a file's own words, the base's configuration and a picture refuse."
+    from dualreal.base import find_sizes, sized
+    from dualreal.store import adapter_info
+    from dualreal.video import read_image
+    info = adapter_info(file)
+    if args.reference: read_image(args.reference)
+    base = args.base or info.get("base")
+    if not base: raise InputError(f"{file}: a published file does not name its base; give --base")
+    sized(find_sizes(base), **{**info.get("generation", {}), **given})
 
 # %% ../nbs/52_cli.ipynb
 def _asked(args) -> list: # of (file, prompt, seed)
@@ -257,9 +271,11 @@ def _reference(args, adapter):
 # %% ../nbs/52_cli.ipynb
 def _run_evaluate(config:settings.EvaluateConfig):
     "dualreal evaluate: a folder of videos to metrics, tables and contact sheets."
-    for name in ("videos", "identity"):
-        if not Path(getattr(config, name)).is_dir():
-            raise InputError(f"--{name} {getattr(config, name)}: no folder is there")
+    for name in ("videos", "identity", "motion", "weights"):
+        if (path := getattr(config, name)) is not None and not Path(path).is_dir():
+            raise InputError(f"--{name} {path}: no folder is there")
+    if config.midpoint is not None and not Path(config.midpoint).is_file():
+        raise InputError(f"--midpoint {config.midpoint}: there is no such file")
     _alive()
     import dualreal.toy.truth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.evaluate import evaluate, status
@@ -285,9 +301,7 @@ def _run_check(config:settings.CheckConfig):
     from dualreal.doctor import case_sheet, check_case, format_report
     case = _loaded(config)
     folder = find_sizes(config.base)
-    _alive()
-    from transformers import AutoTokenizer  # seconds
-    base, tokenizer = base_size(folder), AutoTokenizer.from_pretrained(folder/"tokenizer")
+    base = base_size(folder)
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
     size = [getattr(base, k) if v is None else v for k, v in asked.items()]
     how = dict(fps=config.fps, fit=config.fit)
@@ -297,6 +311,9 @@ def _run_check(config:settings.CheckConfig):
     check_picture(folder, *size[:2])
     if config.sheet and not config.sheet.lower().endswith((".png", ".jpg")):
         raise InputError(f"{config.sheet}: --sheet must end in .png or .jpg")
+    _alive()
+    from transformers import AutoTokenizer  # seconds
+    tokenizer = AutoTokenizer.from_pretrained(folder/"tokenizer")
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
     report = check_case(case, *size, tokens, **how)
     family = base_family(folder)
@@ -311,7 +328,8 @@ def _run_check(config:settings.CheckConfig):
 def _run_inspect(config:settings.InspectConfig):
     "dualreal inspect: what an adapter file says about itself."
     from dualreal.base import fetch_adapter
-    file = fetch_adapter(config.path)
+    from dualreal.store import adapter_info
+    adapter_info(file := fetch_adapter(config.path))
     _alive()
     from dualreal.checkpoint import read_adapter
     adapter = read_adapter(file)
@@ -330,7 +348,8 @@ def _run_inspect(config:settings.InspectConfig):
 # %% ../nbs/52_cli.ipynb
 def _run_convert(args:settings.ConvertConfig):
     "dualreal convert: between our file and the published dictionary; --fold for one reference."
-    from dualreal.store import check_writable, find_adapter
+    from dualreal.store import adapter_info, check_writable, find_adapter
+    from dualreal.video import read_image
     source, target = find_adapter(args.source), Path(args.target)
     if target.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{target}: the target must end in .safetensors or .pth")
@@ -339,10 +358,14 @@ def _run_convert(args:settings.ConvertConfig):
     if target.exists() and not args.overwrite:
         raise InputError(f"{target}: is there already; give another name, or --overwrite")
     check_writable(target.parent, "give another target")
+    if args.reference and not args.fold:
+        raise InputError("--reference is for --fold: a converted file keeps its own")
+    adapter_info(source)
+    if args.reference: read_image(args.reference)
+    _alive()
     from dualreal.checkpoint import read_adapter, write_adapter  # with PyTorch: what was refused did not wait
     adapter = read_adapter(source)
     if args.fold: adapter = _fold(args, adapter)
-    elif args.reference: raise InputError("--reference is for --fold: a converted file keeps its own")
     write_adapter(adapter, target)
     if target.suffix == ".pth" and adapter.reference is not None:
         print("note: this file holds no reference: `dualreal generate` will need --reference IMAGE")
@@ -378,7 +401,9 @@ def _run_push(config:settings.PushConfig):
     find_adapter(config.path)
     if not is_hub_id(config.repo):
         raise InputError(f"{config.repo}: give owner/name, a repository of the Hub")
-    from dualreal.card import push, shared_files, write_card
+    from dualreal.card import check_login, push, shared_files, write_card
+    check_login()
+    _alive()
     write_card(config.path, config.report, config.license, config.repo)
     for file in shared_files(config.path): print(f"sends  {file} ({file.stat().st_size/1e6:.1f} MB)")
     where = push(config.path, config.repo, config.public)
@@ -487,33 +512,34 @@ def _numbers(text, kind, flag): # "0,1" -> [0, 1]
 # %% ../nbs/52_cli.ipynb
 def _run_bench(args):
     "dualreal bench: methods compared, case by case."
-    if args.bench.endswith(".json") and not Path(args.bench).is_file():
-        raise InputError(f"benchmark {args.bench!r}: there is no such file")
-    _alive()
+    settings.checked(args)
     import dualreal.toy.truth  # noqa: F401  it enters the toy among the worlds whose truth is known
     from dualreal.experiments import benchmark as b
-    from dualreal.experiments import jobs, results
     if args.action == "data": return _bench_data(args)
-    out = str(b.results_folder(args.out))
-    if args.jobs: return _bench_run(jobs.run_jobs(asked := jobs.read_jobs(args.jobs), out), len(asked))
+    if args.tries and args.action != "search":
+        raise InputError(f"--tries is for bench search, not for {args.action}")
+    if args.lrs and args.action != "search":
+        raise InputError(f"--lrs is for bench search; for {args.action} give --methods NAME:lr=X")
+    out, how = str(b.results_folder(args.out)), dict(workers=args.workers, ray=args.ray)
+    if args.jobs: return _bench_list(args.jobs, out)
     numbers = dict(seeds=_numbers(args.seeds, int, "seeds"), lrs=_numbers(args.lrs, float, "lrs"))
     given = {k: getattr(args, k) for k in ("base", "steps", "sampling", "videos", "data")}
     bench, methods = b.load_bench(args.bench, **numbers, **given), _split(args.methods)
-    how = dict(workers=args.workers, ray=args.ray)
-    if args.action == "collect": return print(f"{counted(results.collect(bench, out), 'result')} collected")
-    if args.action == "search":
-        found = jobs.search(bench, out, args.tries, methods, **how) if args.tries \
-            else jobs.search_lr(bench, out, methods, **how)
-        return print(json.dumps(found, indent=1))
-    if args.tries: raise InputError(f"--tries is for bench search, not for {args.action}")
-    if args.lrs: raise InputError(f"--lrs is for bench search; for {args.action} give --methods NAME:lr=X")
+    if args.action == "collect": return _bench_collect(bench, out)
+    if args.action == "search": return _bench_search(bench, out, args.tries, methods, how)
     cases = _split(args.cases)
     if lost := b.absent(bench, cases): print(b.absent_note(bench, lost), file=sys.stderr)
+    asked = b.jobs_of(bench, out, methods, cases) # what cannot be asked is refused here
+    _check_base(bench)
     if args.action == "report": return print(_bench_report(bench, out, args))
-    asked = b.jobs_of(bench, out, methods, cases)
-    if args.action == "status": return _bench_status(results.status(asked, out))
+    if args.action == "status": return _bench_status(asked, out)
     for text in b.rate_notes(bench, out, asked): print(text)
-    _bench_run(jobs.run_jobs(asked, out, **how), len(asked))
+    _bench_run(asked, out, **how)
+
+def _check_base(bench):
+    "`InputError` for a base that is not there or cannot be used, before its weights are asked for."
+    from dualreal.base import find_sizes
+    find_sizes(bench.base)
 
 def _split(text): # 'lora,isolated:strengths=[1,0.5]' -> the two; commas within brackets are not ours
     return text and re.split(r",(?![^\[]*\])", text)
@@ -543,19 +569,40 @@ def _bench_table(bench, out, methods, args):
           file=sys.stderr)
     return table_of(shown)
 
-def _bench_run(ended, count):
+def _bench_run(asked, out, **how):
+    _alive()
+    from dualreal.experiments.jobs import run_jobs
+    ended, count = run_jobs(asked, out, **how), len(asked)
     done, claimed, failed = ended["done"], ended["claimed"], ended["failed"]
     there = count - done - claimed - len(failed)
     print(f"{done} done now, {len(failed)} failed, {claimed} with another process, {there} were there")
     for name, why in failed.items():
         raise RuntimeError(f"{len(failed)} jobs failed, the first is {name}: {why}; start again to retry")
 
-def _bench_status(found):
+def _bench_status(asked, out):
+    from dualreal.experiments.results import status
+    found = status(asked, out)
     for method, row in found["methods"].items():
         print(f"{method:24}", "  ".join(f"{n} {what}" for what, n in row.items() if n))
     if found["other"]:
         print(f"{found['other']} other results of these methods are kept and not counted: of other cases, "
               "seeds or settings, or of a search")
+
+def _bench_list(path, out):
+    from dualreal.experiments.jobs import read_jobs
+    _bench_run(read_jobs(path), out)
+
+def _bench_collect(bench, out):
+    from dualreal.experiments.results import collect
+    print(f"{counted(collect(bench, out), 'result')} collected")
+
+def _bench_search(bench, out, tries, methods, how):
+    _check_base(bench)
+    _alive()
+    from dualreal.experiments import jobs
+    if tries: found = jobs.search(bench, out, tries, methods, **how)
+    else: found = jobs.search_lr(bench, out, methods, **how)
+    print(json.dumps(found, indent=1))
 
 def _bench_data(args):
     from dualreal.experiments.benchmark import completeness

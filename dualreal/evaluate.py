@@ -47,7 +47,6 @@ from dualreal.video import (
 
 from .core import InputError, atomic_path, counted, environment, few, pick_device, write_json
 from .data import Item, first_frame, identity_files, motion_files, prompt_list
-from .encoders import Missing, load_encoders
 from .store import Store, cache_folder, check_writable, fingerprint, read_record
 
 # %% ../nbs/32_evaluate.ipynb
@@ -161,7 +160,11 @@ def _not_computed(metric, encoders, references, prompt) -> str: # empty if it ca
                  dynamic_degree_deviation=references.clips)
     network = encoders[_NETWORK[metric]] if metric in _NETWORK else None
     if not given.get(metric, True): return f"not computed: {_GIVEN[metric]}"
-    return f"not computed: {network.why}" if isinstance(network, Missing) else ""
+    return f"not computed: {network.why}" if _is_missing(network) else ""
+
+def _is_missing(network): # None: none is needed
+    from dualreal.encoders import Missing  # with PyTorch: what was refused did not wait
+    return isinstance(network, Missing)
 
 # %% ../nbs/32_evaluate.ipynb
 class References:
@@ -328,10 +331,11 @@ def preview_scorer(which="toy",  # or "published"
                    device="cpu",
                    truth=None):  # (subject, motion) of a known world: its columns, too
     "A `score` for `train`; `InputError` where a network is missing."
+    from dualreal.encoders import load_encoders
     encoders, known = load_encoders(which, device=device), {}
     if truth is not None: truth = _Truth(known_world(), *truth)
     for network in ("clip_t", "dino_i", "flow"):
-        if isinstance(encoders[network], Missing):
+        if _is_missing(encoders[network]):
             raise InputError(f"previews cannot be scored: {encoders[network].why}")
     def score(run, folder):
         if not known: known["references"] = _as_trained(run)
@@ -578,7 +582,7 @@ def _load_references(identity, motion, store) -> tuple: # `References`, and what
 # %% ../nbs/32_evaluate.ipynb
 def encoder_names(encoders:dict) -> dict: # metric -> name, None: its network is missing
     "Which network made which number."
-    name = lambda n: None if isinstance(n, Missing) else getattr(n, "name", type(n).__name__)
+    name = lambda n: None if _is_missing(n) else getattr(n, "name", type(n).__name__)
     names = {m: name(encoders[_NETWORK[m]]) if m in _NETWORK else "none needed" for m in METRICS}
     reader = next((w.reader for w in WORLDS.values()), None)
     return names | dict.fromkeys(_EXTRAS[:3], names["dynamic_degree"]) | dict.fromkeys(_EXTRAS[3:], reader)
@@ -621,6 +625,7 @@ def evaluate(videos, identity, # folders
     store = Store(cache_folder(cache) / "evaluate")
     references, given, also = _load_references(identity, motion, store)
     if isinstance(encoders, str):
+        from dualreal.encoders import load_encoders
         encoders = load_encoders(encoders, weights, flow, midpoint, pick_device(device))
     job, start = _Job(encoders, references, _Kept(store), said, truth), time.perf_counter()
     rows = [_video_row(job, v) for v in tqdm(found, "videos", unit="video", disable=not progress)]

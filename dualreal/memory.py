@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .core import InputError
 from .family import family_of, transformers_of
+from .settings import gigabytes
 from .tuner import DualRealConfig, attached, reference, stock_block
 
 # %% ../nbs/23_memory.ipynb
@@ -356,11 +357,7 @@ def _budget_bytes(memory,            # "auto", or gigabytes (GiB, as cards are s
     "Bytes that a run may use; `InputError` for a budget that is no number or more than the card has."
     device = torch.device(device)
     free, total = _free(device)
-    if memory == "auto": return free
-    try: wanted = float(memory)
-    except (TypeError, ValueError): wanted = -1.
-    if not 0 < wanted < float("inf"):
-        raise InputError(f"memory {memory!r}: give auto or a number of gigabytes, such as 24")
+    if (wanted := gigabytes(memory)) is None: return free
     if device.type == "cuda" and wanted * 2**30 > 1.1 * total:
         raise InputError(f"memory {memory}: this card has {total / 2**30:.0f} GB; use auto")
     return int(wanted * 2**30)

@@ -6,7 +6,6 @@
 __all__ = ['set_up', 'prepare', 'train']
 
 # %% ../nbs/27_trainer.ipynb
-import importlib.util
 import json
 import os
 import time
@@ -32,9 +31,9 @@ from .figures import loss_figure, save_figure, tradeoff_figure
 from .generate import generate_all
 from .loop import Given, Run, dual_course, loop, take_up
 from .memory import advice, check_wishes, place
-from .resume import StopRequest, check_same, facts, restore, save_checkpoint, save_run, stop
-from .settings import TrainConfig, completed
-from .store import Store, cache_folder, check_out, own, read_record, record_path
+from .resume import StopRequest, facts, restore, save_checkpoint, save_run, stop
+from .settings import TrainConfig, completed, trackers_of
+from .store import Store, cache_folder, check_out, check_same, own, read_record, record_path
 from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
 
@@ -71,7 +70,7 @@ def set_up(config:TrainConfig, progress=True) -> Given:
 
 # %% ../nbs/27_trainer.ipynb
 def _accelerator(config):
-    trackers, device = _trackers(config), pick_device(config.device)
+    trackers, device = trackers_of(config), pick_device(config.device)
     check_wishes(config, device)
     if device.type == "cuda" and device.index is not None: torch.cuda.set_device(device)
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # while the first encodes or makes previews
@@ -86,15 +85,6 @@ def _accelerator(config):
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise InputError(f"accelerate is set up for {kind}: that cannot train here; launch with --multi_gpu")
     return accelerator
-
-def _trackers(config:TrainConfig) -> list[str]:
-    "The trackers asked for; by default tensorboard, where it is installed."
-    known, asked = ("tensorboard", "wandb"), (config.trackers or "tensorboard").replace(" ", "").split(",")
-    there = [t for t in asked if t in known and importlib.util.find_spec(t)]
-    for name in asked if config.trackers not in (None, "none") else []:
-        if name not in known: raise InputError(f"tracker {name!r}: give {', '.join(known)} or none")
-        if name not in there: raise InputError(f"tracker {name!r} is not installed: pip install {name}")
-    return there
 
 # %% ../nbs/27_trainer.ipynb
 def prepare(config:TrainConfig, progress=True) -> Run:

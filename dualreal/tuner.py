@@ -71,11 +71,18 @@ class _DualRealLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True # diffusers' fp8 casting turns it off for a while
         self.scaled = None # the factor that `scale_layer` has set and nobody has taken back
         module.dualreal = self
+        others = [name for name in module._modules if name != "dualreal"]
+        for name in others: module._modules[name] = module._modules.pop(name) # before them: see `merge`
 
     def forward(self, x): return x # a stock module that calls its children in a row passes by
 
     @property
     def base_layer(self): return self.stock[0]
+
+    @property
+    def lora_A(self): return getattr(self, self.adapter_layer_names[0])
+
+    lora_B = lora_A # diffusers' `set_lora_device` looks for these two in whatever PEFT has made
 
     @property
     def running(self):

@@ -540,7 +540,7 @@ def test_missing_network_stops_before_training(bench, tmp_path, monkeypatch):
     lost = {key: encoders.Missing(name, "nobody answers") for key, (name, *_) in encoders.PUBLISHED.items()}
     monkeypatch.setattr(encoders, "load_encoders", lambda *a, **k: lost)
     networks_of.cache_clear()
-    monkeypatch.setattr("dualreal.experiments.baselines.prepare", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr("dualreal.trainer.prepare", lambda *a, **k: pytest.fail("trained"))
     jobs = jobs_of(replace(bench, scorer="published"), tmp_path, ["lora"])
     with pytest.raises(InputError, match="`hf download facebook/dino-vits16`") as said:
         run_jobs(jobs, tmp_path, progress=False)

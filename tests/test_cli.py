@@ -415,7 +415,7 @@ def test_folding_needs_what_it_builds_in(trained, home, tmp_path, capsys):
     assert main(["convert", str(again), str(bare), "--overwrite"]) == 0
     assert "no condition to use it" in complaint(capsys, 2, *generate(bare, tmp_path / "a.mp4", *own))
     wrong = generate(trained, tmp_path / "a.mp4", "--approximate", "x")
-    assert "use one of first-block" in complaint(capsys, 2, *wrong)
+    assert "'first-block' or 'attention'" in complaint(capsys, 2, *wrong)
 
 
 def test_generate_keeps_what_is_there(trained, tmp_path, capsys):

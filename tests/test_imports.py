@@ -1,11 +1,14 @@
 """Modules stand alone, import only smaller numbers, and keep the walls between the chapters."""
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fresh import outcomes
 from house import (
@@ -23,6 +26,10 @@ from house import (
     taken,
     tree,
 )
+from safetensors.numpy import save_file as write_tensors
+
+from dualreal.core import write_json
+from dualreal.toy.world import write_case
 
 HEAVY = {"torch", "torchvision", "transformers", "diffusers", "peft", "accelerate", "open_clip", "timm"}
 TOY = {"toy.world", "toy.truth", "toy.bases"}
@@ -201,8 +208,8 @@ def without_torch(commands, status, cwd):
     program = """
 import sys
 from dualreal.cli import main
-print("\\nstatus", main({!r}), [m for m in sys.modules if m in ("torch", "transformers", "diffusers")])"""
-    made = outcomes([program.format(words) for words in commands], cwd)
+print("\\nstatus", main({!r}), sorted({!r} & sys.modules.keys()))"""
+    made = outcomes([program.format(words, HEAVY) for words in commands], cwd)
     told = {" ".join(words): said.strip().rpartition("\n")[2] for words, (_, said) in zip(commands, made)}
     assert told == {" ".join(words): f"status {status} []" for words in commands}
 
@@ -224,7 +231,7 @@ def test_refused_words_need_no_torch(tmp_path):
 @fork
 def test_refused_values_need_no_torch(tmp_path):
     values = ("steps 0", "lr -1", "scale -1", "clip 0", "motion-ratio 2", "samples -1", "rank 0",
-              "precision int3")
+              "precision int3", "fit stretch", "coupling both", "score-previews toy")
     train = "train --identity photos --motion clips --out run"
     without_torch([f"{train} --{value}".split() for value in values], 2, tmp_path)
 
@@ -236,7 +243,63 @@ def test_what_is_not_there_needs_no_torch(tmp_path):
     words = ("check --identity no --motion no", "train --identity no --motion no --out run", "inspect no",
              "generate --adapter no --prompt a --out a.mp4", "convert no a.pth", "card no",
              "studio --port 70000", "demo --subject no", "evaluate --videos no --identity no --out o",
-             "bench run --bench no.json", "push no me/cat")
+             "push no me/cat")
+    without_torch([line.split() for line in words], 2, tmp_path)
+
+
+@pytest.fixture
+def case(tmp_path):
+    write_case(tmp_path/"case", "teal_cat", "swinging", images=2, clips=2)
+    return SimpleNamespace(identity=tmp_path/"case/identity", motion=tmp_path/"case/motion")
+
+
+@fork
+def test_refused_beside_a_case_needs_no_torch(case, tmp_path):
+    "Where pictures, clips and an adapter are there, what is wrong with the rest is said as soon."
+    write_tensors({"x": np.zeros(1)}, tmp_path/"a.safetensors", {"dualreal": '{"base": "toy"}'})
+    write_tensors({"x": np.zeros(1)}, tmp_path/"odd.safetensors", {"dualreal": '{"base": 3}'})
+    (tmp_path/"bad.safetensors").write_text("bad")
+    (tmp_path/"report.json").write_text("[]")
+    (tmp_path/"run/checkpoints/step-1").mkdir(parents=True)
+    write_json(tmp_path/"run/config.json", dict(seed=1))
+    folders = f"--identity {case.identity} --motion {case.motion}"
+    train, check, ask = f"train {folders} --out out", f"check {folders}", "--prompt a --out a.mp4"
+    score = f"evaluate --videos {case.motion} --identity {case.identity} --encoders toy --out scores"
+    words = (
+        f"{train} --base me/none", f"{train} --height 33", f"{train} --memory much", f"{train} --trackers no",
+        f"{train} --no-mask --coupling none", f"{train} --log .",
+        f"{train} --eight-bit --no-gradient-checkpointing",
+        f"train {folders} --out run --resume --seed 2", f"{check} --base base", f"{check} --frames 1",
+        f"{check} --height 33", f"{check} --fps 0", f"{check} --sheet a.txt",
+        *(f"generate --adapter a.safetensors {ask} --{more}" for more in (
+            "lora no", "frames 10", "height 33", "reference no.png", "approximate magic", "base no")),
+        *(f"generate --adapter {file} {ask}" for file in ("odd.safetensors", "bad.safetensors", "me/none")),
+        f"{score} --prompts no", f"{score} --motion no", f"{score} --weights no",
+        f"{score} --midpoint no.pt2", f"{score} --truth cat",
+        "inspect bad.safetensors", "convert bad.safetensors b.pth",
+        "convert a.safetensors b.txt", "convert a.safetensors b.pth --reference no.png",
+        "card a.safetensors --report no", "card a.safetensors --report report.json", "card bad.safetensors",
+        "push a.safetensors cat", "push a.safetensors me/cat")
+    without_torch([line.split() for line in words], 2, tmp_path)
+
+
+@fork
+def test_a_benchmark_is_refused_without_torch(tmp_path):
+    (tmp_path/"bad.json").write_text("bad")
+    write_json(tmp_path/"few.json", dict(name="few"))
+    toy = json.loads((ROOT/"data/benchmark/toy.json").read_text(encoding="utf-8"))
+    write_json(tmp_path/"odd.json", toy | dict(name="odd", scorer="taste"))
+    wrong = ("--bench no", "--bench no.json", "--bench bad.json", "--bench few.json", "--bench odd.json",
+             "--methods loraa", "--methods lora:rnk=4", "--methods lora:rank=x",
+             "--methods lora_together:motion_steps=3", "--cases teal_cat-flying",
+             "--seeds a", "--seeds 1,1", "--steps 0", "--data no", "--base no",
+             "--base me/none", "--jobs no.json", "--jobs bad.json", "--tries 3", "--lrs 1e-3",
+             "--workers 0", "--format pdf", "--bench published")
+    words = [f"bench run --out out {one}" for one in wrong]
+    words += ["bench fly", "bench data", "bench data --data no", "bench report --methods loraa",
+              "bench report --out out", "bench status --cases no", "bench status --bench published",
+              "bench search --methods loraa", "bench search --lrs 0",
+              "bench search --tries 2 --methods base", "bench search --base no"]
     without_torch([line.split() for line in words], 2, tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Beside LoRAs on a stock pipeline: any order of loading, and what people do then, as with LoRAs alone."""
 import copy
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dualreal.tuner import DualRealConfig, active, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`",
                                         "ignore:Adapter .* was active")
+WEIGHTS = "pytorch_lora_weights.safetensors"
 LORAS, OURS = {"style": 5, "film": 6}, {"subject": 7, "other": 8, "late": 9}  # name: seed
 ORDERS = {"LoRA first": ["style", "subject"], "DualReal first": ["subject", "style"],
           "two of each": ["style", "subject", "film", "other"],
@@ -159,6 +161,52 @@ def fuse(pipe, expected, base, loras):
     check(pipe, expected, **near)
     with pytest.raises(InputError, match="'subject' is DualReal's and cannot be folded"):
         pipe.fuse_lora(adapter_names=["subject"])
+    check(pipe, expected, **near)
+
+
+def fuse_refused(pipe, expected, base, loras):
+    "A refusal leaves nothing fused, and every factor as it was."
+    for names in (None, ["style", "subject"]):
+        pipe.set_adapters(["style", "subject"], [.5, .25])
+        before = out(pipe)
+        with pytest.raises(InputError, match="'subject' is DualReal's and cannot be folded"):
+            pipe.fuse_lora(adapter_names=names, lora_scale=.5)
+        assert torch.equal(out(pipe), before)
+    assert not any(m.merged for m in pipe.transformer.modules() if hasattr(m, "merged_adapters"))
+    check(pipe, expected)
+
+
+def loaded_twice(pipe, expected, base, loras):
+    pipe.load_lora_weights(loras/"style", adapter_name="again")
+    pipe.delete_adapters("style")
+    assert torch.equal(out(pipe, ["again", "subject"]), expected["style", "subject"])
+    pipe.unload_lora_weights()
+    assert torch.equal(out(pipe), expected[()])
+
+
+def saved_between(pipe, expected, base, loras):
+    "Through the Hub's format of one model, a LoRA's own file, and Python's."
+    with TemporaryDirectory() as home:
+        pipe.transformer.save_lora_adapter(home, adapter_name="style")
+        twin = made(base, loras, ["subject"])
+        twin.transformer.load_lora_adapter(home, adapter_name="style", prefix=None, weight_name=WEIGHTS)
+        check(twin, expected)
+        only = made(base, loras, ["subject"])
+        only.save_pretrained(f"{home}/pipe")
+        assert torch.equal(out(CogVideoXPipeline.from_pretrained(f"{home}/pipe")), expected[()])
+        torch.save(pipe.transformer, f"{home}/whole.pt")
+        pipe.transformer = torch.load(f"{home}/whole.pt", weights_only=False)
+    check(pipe, expected)
+
+
+def moved(pipe, expected, base, loras):
+    "To another device by name: LoRAs, and ours."
+    pipe.set_lora_device(["style", "subject"], "meta")
+    for name in ("style", "subject"):
+        there = {p.device.type for n, p in pipe.transformer.named_parameters() if f".{name}." in n}
+        assert there == {"meta"}
+    pipe.unload_lora_weights()
+    assert torch.equal(out(pipe), expected[()])
 
 
 def save_and_load(pipe, expected, base, loras):
@@ -242,7 +290,8 @@ def learnt(transformer):
     return grads
 
 
-ACTIONS = [weights, enable_and_disable, delete_the_lora, delete_ours, unload, fuse, save_and_load, deepcopy,
+ACTIONS = [weights, enable_and_disable, delete_the_lora, delete_ours, unload, fuse, fuse_refused,
+           loaded_twice, save_and_load, saved_between, moved, deepcopy,
            bf16, fp8, group_offload, model_offload, checkpointing]
 
 

@@ -14,40 +14,35 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import get_args, get_type_hints
 
 import numpy as np
-import torch
-from peft import LoraConfig
 
 from ..base import base_family, find_sizes, sized
-from ..checkpoint import adapter_tensors
 from ..core import InputError
 from ..data import load_case
-from ..encode import Encoded, encode_frames
 from ..family import family_of
-from ..generate import generate_all
-from ..loop import Course, Run, batches_of, dual_course, loop, take_up
-from ..memory import place
 from ..settings import TrainConfig
-from ..switch import TrainingSwitch
-from ..trainer import prepare, set_up
 from ..video import read_video
 
 # %% ../../nbs/40_baselines.ipynb
 def turns(config:TrainConfig) -> dict: # config: completed
     "Steps of each dimension in a run of DualReal with these settings."
+    from dualreal.switch import TrainingSwitch
     switch = TrainingSwitch(config.motion_ratio, config.seed)
     drawn = [switch.draw() for _ in range(config.steps)]
     return {d: drawn.count(d) for d in ("identity", "motion")}
 
-def seen(run:Run) -> dict:
+def seen(run) -> dict: # run: `loop.Run`
     "Samples that a run has learnt from, by dimension."
     counts = {d: sum(row["dimension"] == d for row in run.log) for d in ("identity", "motion")}
     return {d: n * getattr(run.config, f"batch_{d}") for d, n in counts.items()}
 
 # %% ../../nbs/40_baselines.ipynb
-def videos(run:Run, prompts:list, seeds:list, batch:int=5,
+def videos(run, prompts:list, seeds:list, batch:int=5, # run: `loop.Run`
            steps:int=None, guidance:float=None, frames:int=None # default: the base's own
           ) -> tuple: # frames uint8 (V, F, H, W, 3), mean identity weights (steps, groups) or None
     "A video for each prompt, which `run.given.texts` must hold."
+    import torch
+
+    from dualreal.generate import generate_all
     size = {k: getattr(run.size, k) for k in ("height", "width", "frames", "steps", "guidance")}
     given = dict(steps=steps, guidance=guidance, frames=frames)
     size |= {k: v for k, v in given.items() if v is not None}
@@ -86,28 +81,32 @@ class Method:
         own = {k: v for k, v in asdict(self).items() if k not in ("title", "tuned_as")}
         return json.loads(json.dumps(dict(own, kind=type(self).__name__)))
 
-    def prepare(self, config:TrainConfig) -> Run:
+    def prepare(self, config:TrainConfig): # -> `loop.Run`
         "Load, check, encode."
+        from dualreal.loop import Run
+        from dualreal.memory import place
+        from dualreal.trainer import set_up
         given = set_up(replace(config, **self.settings), progress=False)
         if len(given.experts) > 1:
             raise InputError(f"{self.title}: trains one transformer, and this base has two")
         for name, off in _TRAINER.items(): setattr(given.config, name, off) # a base's note may ask for them
         return Run(given, place(given.pipe, given.config, given.accelerator.device))
 
-    def train(self, run:Run, on_step=None):
+    def train(self, run, on_step=None):
         "Make `run.pipe` what `generate` needs."
 
-    def learn(self, run:Run, course:Course, on_step=None):
+    def learn(self, run, course, on_step=None): # course: `loop.Course`
         "One course through the shared loop."
+        from dualreal.loop import loop, take_up
         take_up(run, course)
         loop(run, on_step or (lambda run, row: None))
         run.optimizer = run.schedule = None # moments of what has learnt, no longer needed
 
-    def generate(self, run:Run, prompts:list, seeds:list, **sizes):
+    def generate(self, run, prompts:list, seeds:list, **sizes):
         "As `videos`."
         return videos(run, prompts, seeds, **sizes)
 
-def phase_of(course:Course, run:Run, steps:int, motion_ratio:float) -> Course:
+def phase_of(course, run, steps:int, motion_ratio:float): # -> `loop.Course`
     "The course, as one of several: so many steps, with a warm-up of their own."
     return replace(course, steps=steps, warmup=min(run.config.warmup, steps // 5), motion_ratio=motion_ratio)
 
@@ -116,9 +115,13 @@ class DualReal(Method):
     "The method itself, and those of its ablations that are a setting."
     ignores = unused = ()
 
-    def prepare(self, config): return prepare(replace(config, **self.settings), progress=False)
+    def prepare(self, config):
+        from dualreal.trainer import prepare
+        return prepare(replace(config, **self.settings), progress=False)
 
-    def train(self, run, on_step=None): loop(run, on_step or (lambda run, row: None))
+    def train(self, run, on_step=None):
+        from dualreal.loop import loop
+        loop(run, on_step or (lambda run, row: None))
 
 # %% ../../nbs/40_baselines.ipynb
 @dataclass(frozen=True)
@@ -140,16 +143,19 @@ class Apart(Method):
         return n if self.motion_steps is None else dict(n, motion=self.motion_steps)
 
     def train(self, run, on_step=None):
+        from torch import manual_seed
         counts = {d: n for d, n in self.counts(run).items() if n} # a side without a step is not there
         for d, n in counts.items():
-            torch.manual_seed(run.config.seed)
+            manual_seed(run.config.seed)
             learns = self.add_side(run, d)
             self.learn(run, phase_of(learns, run, n, float(d == "motion")), on_step)
         run.pipe.transformer.requires_grad_(False)
         self.merge(run, list(counts))
 
-    def add_side(self, run, dimension) -> Course:
+    def add_side(self, run, dimension): # -> `loop.Course`
         "Fresh bottlenecks for one side, alone active: the other ones are silent."
+        from dualreal.checkpoint import adapter_tensors
+        from dualreal.loop import dual_course
         transformer, other = run.pipe.transformer, dict(identity="motion", motion="identity")[dimension]
         transformer.add_adapter(replace(run.given.adapter, **{other: False}), dimension)
         transformer.set_adapter(dimension)
@@ -168,8 +174,11 @@ class Lora(Apart):
     targets: tuple = ("to_q", "to_k", "to_v", "to_out.0")
     ignores, unused = Method.ignores, Method.unused
 
-    def add_side(self, run, dimension) -> Course:
+    def add_side(self, run, dimension):
         "A fresh LoRA for one side, alone active."
+        from peft import LoraConfig
+
+        from dualreal.loop import Course, batches_of
         c, transformer = run.config, run.pipe.transformer
         ff = family_of(transformer).feed_forward # as a family calls it
         named = [f"{ff}.{t.removeprefix('ff.')}" if t.startswith("ff.") else t for t in self.targets]
@@ -187,9 +196,10 @@ class LoraTogether(Lora):
     unused = *Lora.unused, "motion_steps"
 
     def train(self, run, on_step=None):
+        from torch import manual_seed
         sides = {}
         for d in ("identity", "motion"):
-            torch.manual_seed(run.config.seed)
+            manual_seed(run.config.seed)
             sides[d] = self.add_side(run, d)
         self.merge(run, list(sides))
         def focus(dimension):
@@ -207,11 +217,13 @@ class FullFineTune(Method):
     unused = *Method.unused, "rank"
 
     def train(self, run, on_step=None):
+        from dualreal.loop import batches_of
         c = run.config
         self.tune(run, c.steps, c.motion_ratio, batches_of(c), on_step)
 
     def tune(self, run, steps, motion_ratio, batches, on_step):
         "Train every weight for so many steps, in fp32; then the base's own precision is back."
+        from dualreal.loop import Course
         transformer, c = run.pipe.transformer, run.config
         before = {p: p.dtype for p in transformer.parameters()} # a family may keep some in fp32
         transformer.float().requires_grad_(True)
@@ -240,6 +252,7 @@ def moving_boxes(frames, # uint8 (F, H, W, 3)
 # %% ../../nbs/40_baselines.ipynb
 def attention_bias(boxes, words:list, tokens:int, height:int, width:int, strength:float): # in latent patches
     "(N, N) added to attention scores: video tokens in the box look at the words, those outside look away."
+    import torch
     frames, per = len(boxes), height * width
     bias = torch.zeros(tokens + frames * per, tokens + frames * per)
     y, x = (torch.arange(height) + .5) / height, (torch.arange(width) + .5) / width
@@ -279,6 +292,7 @@ class SubjectThenMotion(FullFineTune):
         return run
 
     def train(self, run, on_step=None):
+        from dualreal.loop import batches_of
         batches, count = batches_of(run.config), turns(run.config)["identity"]
         if self.prior:
             run.add("prior", self.class_samples(run))
@@ -287,6 +301,7 @@ class SubjectThenMotion(FullFineTune):
 
     def class_samples(self, run) -> list: # of `Encoded`
         "What the untouched base draws of the class."
+        from dualreal.encode import Encoded, encode_frames
         word = run.given.words["prompts"][-1]
         frames, _ = videos(run, [word] * self.prior_videos, list(range(self.prior_videos)))
         text = run.given.texts[word][0].float().cpu()
@@ -303,6 +318,7 @@ class SubjectThenMotion(FullFineTune):
 @contextmanager
 def _led(self:SubjectThenMotion, run, prompt, clip): # clip: path
     "Within the block, early denoising steps attend to the subject along the clip's path."
+    import torch
     pipe, size, family = run.pipe, run.size, run.given.family
     time, space = family.stride(pipe.vae.config)
     step, count = space * family.patch(pipe.transformer.config)[1], (size.frames - 1) // time + 1

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import metrics, store
-from ..backbone import toy_reference
-from ..base import base_size, find_base
+from ..base import base_size, find_base, toy_reference
 from ..core import InputError, asset, few
 from ..data import identity_files, motion_files
 from ..settings import MAY_DIFFER, PUBLISHED, BaseSize

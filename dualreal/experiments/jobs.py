@@ -332,8 +332,12 @@ def write_jobs(path, jobs:list):
                           jobs=[facts(j) | dict(bench=benches.index(j.bench)) for j in jobs]))
 
 def read_jobs(path) -> list[Job]:
-    "What `write_jobs` wrote."
-    told = json.loads(Path(path).read_text(encoding="utf-8"))
+    "What `write_jobs` wrote; `InputError` where it did not."
+    try: return _jobs(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: is no list of jobs that dualreal bench wrote ({type(e).__name__})") from e
+
+def _jobs(told): # by `write_jobs`
     bench = lambda b: Bench(**{k: tuple(v) if isinstance(v, list) else v for k, v in b.items()})
     benches = [bench(b) for b in told["benches"]]
     return [Job(**dict(facts, bench=benches[facts["bench"]])) for facts in told["jobs"]]
