@@ -215,13 +215,17 @@ class _Still(NamedTuple):
     see_through: bool = False
     notes: tuple = ()  # what is not shown as it is stored
 
+    @property
+    def row(self) -> dict:
+        "As JSON takes it."
+        return self._asdict() | dict(notes=list(self.notes))
+
 
 @lru_cache(4096)
 def _still(path: Path,
            *stamp  # of `_stamp`: another file has another one
            ) -> _Still:
     with _reading(path), _picture(path) as image:
-        less = _halvings(image.size) if image.size else 1
         with Image.open(path) as whole: size, frames = whole.size, getattr(whole, "n_frames", 1)
         profile, mode = image.info.get("icc_profile"), image.mode
         mode = {"P": "RGB", "LA": "L"}.get(mode, "RGB" if mode in _ALPHA else "L" if mode[0] in "IF" else mode)
@@ -299,7 +303,7 @@ class _Facts(NamedTuple):
     def row(self) -> dict:
         "As JSON takes it."
         left = self._asdict() | dict(aspect=f"{self.aspect.numerator}:{self.aspect.denominator}", turn=list(self.turn))
-        return {k: v for k, v in left.items() if k != "times"} | dict(colours=self.colours)
+        return {k: v for k, v in left.items() if k != "times"} | dict(colours=self.colours, notes=self.notes)
 
 # %% ../nbs/12_video.ipynb
 def _uneven(times: list[int],  # of the pictures, in ticks
