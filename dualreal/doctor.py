@@ -30,9 +30,9 @@ def _measure(item: Item,
              fps: float | None  # its rate
              ) -> dict:  # JSON-able row of the report
     "Size, rate and length of an item, and the facts of its file."
-    photo = is_photo(item.path)
+    photo = item.kind == "image" and is_photo(item.path)
     facts = video.image_facts(item.path) if photo else video.clip_facts(item.path)
-    there = 1 if photo else max(facts.frames, len(frames))
+    there = max(facts.frames, len(frames))
     size = dict(height=facts.height, width=facts.width, fps=fps and round(fps, 3), frames=there, used=len(frames))
     return dict(path=str(item.path), prompt=item.prompt, **size, facts=facts.row)
 
