@@ -651,18 +651,19 @@ def _picture_frames(path: Path,
             for n in mine: yield n, shown
 
 # %% ../nbs/12_video.ipynb
+_THREADS = 4  # of a decoder; each holds a picture
+
+
 def _shown(frame,  # an av frame
            facts: _Facts) -> np.ndarray:  # uint8 (H, W, 3)
     "A decoded picture as it is shown."
-    import av
-
     if facts.colours:
         tags = dict(src_colorspace=9) if facts.matrix in (2, 9, 10) else {}
         primaries = facts.primaries if facts.primaries in _WIDE else 9
         pixels = _screened(frame.reformat(format="rgb48le", **tags).to_ndarray(), facts.transfer, primaries)
     else: pixels = frame.to_ndarray(format="rgb24")
-    size = _square(*pixels.shape[:2], facts.aspect)
-    if size != pixels.shape[:2]:
+    size = (facts.height, facts.width) if facts.turn[0] else (facts.width, facts.height)
+    if size != pixels.shape[:2]:  # pixels are not square, or the size changes on the way
         pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
     return np.ascontiguousarray(_turned(pixels, facts.turn))
 
@@ -677,7 +678,7 @@ def _pyav_frames(path: Path,  # a video file
     try:
         with av.open(str(path)) as container:
             stream = _stream(container, path)
-            stream.thread_type, stream.thread_count = "AUTO", 4  # each thread holds a picture
+            stream.thread_type, stream.thread_count = "AUTO", _THREADS
             for i, frame in enumerate(container.decode(stream)):
                 if i in wanted: yield i, _shown(frame, facts)
     except av.FFmpegError as error:
@@ -699,7 +700,7 @@ def _decord_frames(path: Path,  # a video file
 
     decord.logging.set_level(decord.logging.QUIET)  # else FFmpeg writes its own lines beside our one sentence
     try:
-        reader = decord.VideoReader(str(path))
+        reader = decord.VideoReader(str(path), num_threads=_THREADS)
         for i in range(len(reader)):
             frame = reader[i]
             if i in wanted: yield i, _compact(frame.asnumpy())
