@@ -124,11 +124,12 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     _say_best(path.parent)
 
 def _warn(config):
-    "What `check` would warn of without reading a file, once, and what is going to happen."
+    "What is not used, what `check` would warn of without reading a file, and what is going to happen."
     from dualreal.data import load_case
     from dualreal.doctor import case_warnings
     if os.environ.get("RANK", "0") != "0": return
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    for text in case.notes: print(f"note: {text}")
     for text in case_warnings(case): print(text)
     found = counted(len(case.identity), "image"), counted(len(case.motion), "clip")
     print(f"{', '.join(found)}: encoding, then training")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import video
 from .core import InputError
-from .data import Case, Item, read_item, source_frames
+from .data import Case, Item, is_photo, read_item, source_frames
 
 # %% ../nbs/14_doctor.ipynb
 _LEVELS = ("error", "warning", "note")  # of findings, worst first
@@ -29,12 +29,12 @@ def _measure(item: Item,
              frames: np.ndarray,  # uint8 (F, H, W, 3), of `source_frames`
              fps: float | None  # its rate
              ) -> dict:  # JSON-able row of the report
-    "Size, rate and length of an item."
-    height, width = frames.shape[1:3]
-    photo = item.path.suffix.lower() in video.IMAGE_SUFFIXES
-    there = 1 if photo else max(video.clip_facts(item.path).frames, len(frames))
-    size = dict(height=height, width=width, fps=fps and round(fps, 3), frames=there, used=len(frames))
-    return dict(path=str(item.path), prompt=item.prompt, **size)
+    "Size, rate and length of an item, and the facts of its file."
+    photo = item.kind == "image" and is_photo(item.path)
+    facts = video.image_facts(item.path) if photo else video.clip_facts(item.path)
+    there = max(facts.frames, len(frames))
+    size = dict(height=facts.height, width=facts.width, fps=fps and round(fps, 3), frames=there, used=len(frames))
+    return dict(path=str(item.path), prompt=item.prompt, **size, facts=facts.row)
 
 
 def _finding(level: str,  # one of `_LEVELS`
@@ -86,6 +86,20 @@ def _about_size(row: dict,  # of `_measure`
     return found
 
 # %% ../nbs/14_doctor.ipynb
+_FIXES = {"the frame rate": "give --fps, and frames are taken by their times", "it lacks": "take the whole file",
+          "it is interlaced": "deinterlace it", "its colour profile": "save it again with a profile, or without one"}
+
+
+def _about_facts(row: dict, aim: dict) -> list[tuple]:  # level, text, fix
+    "What a file says of itself that is worth knowing."
+    found = []
+    for note in row["facts"]["notes"]:
+        fix = next((fix for start, fix in _FIXES.items() if note.startswith(start)), "nothing, if the sheet looks right")
+        if aim["fps"] and note.startswith("the frame rate"): fix = "nothing: frames are taken by their times"
+        found.append(("note", f"{note[0].upper()}{note[1:]}.", fix))
+    return found
+
+# %% ../nbs/14_doctor.ipynb
 def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, text, fix
     "What taking some of the frames may cost."
     found, full, rate = [], aim["frames"], aim["fps"]
@@ -112,8 +126,34 @@ def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, tex
 
 def _about_item(row: dict, kind: str, aim: dict) -> list[dict]:  # findings
     "What may cost quality in one image or clip."
-    found = _about_size(row, kind, aim) + _about_length(row, kind, aim)
+    found = _about_size(row, kind, aim) + _about_length(row, kind, aim) + _about_facts(row, aim)
     return [_finding(level, text, fix, row["path"]) for level, text, fix in found]
+
+# %% ../nbs/14_doctor.ipynb
+def _glance(frame: np.ndarray  # uint8 (H, W, 3)
+            ) -> np.ndarray:  # at most about 512 pixels wide and high
+    "A frame as small as what is asked of it allows."
+    less = max(frame.shape[:2]) // 512
+    return np.asarray(Image.fromarray(frame).reduce(less)) if less > 1 else frame
+
+
+def _cuts(frames: np.ndarray  # uint8 (F, H, W, 3)
+          ) -> list[int]:  # numbers of the first frames of new scenes
+    "Where a picture has nothing in common with the one before."
+    small = [Image.fromarray(frame).resize((16, 16), Image.Resampling.BOX) for frame in frames]
+    steps = np.abs(np.diff(np.stack([np.asarray(s, np.int16) for s in small]), axis=0)).mean((1, 2, 3))
+    around = [max([*steps[max(i - 2, 0):i], *steps[i + 1:i + 3]], default=0) for i in range(len(steps))]
+    return [i + 1 for i, (step, near) in enumerate(zip(steps, around)) if step > 24 and step > 3 * near]
+
+
+def _about_cuts(item: Item, frames: np.ndarray,  # of `source_frames`
+                aim: dict) -> list[dict]:  # findings
+    "Cuts among the frames that are used, with their times."
+    facts = video.clip_facts(item.path)
+    picks = video.pick_frames(facts, len(frames), aim["fps"])
+    times = [f"{video.frame_time(facts, picks[i]):.2f} s" for i in _cuts(frames)]
+    text = f"A hard cut at {', '.join(times)}: the frames that are used show more than one scene."
+    return [_finding("warning", text, "cut the clip there, and keep one scene", str(item.path))] if times else []
 
 # %% ../nbs/14_doctor.ipynb
 def _look(frames: np.ndarray  # uint8 (F, H, W, 3)
@@ -163,7 +203,7 @@ def _about_case(case: Case,
                 ) -> list[dict]:  # findings
     "What may go wrong with a case as a whole."
     found = [("note", note, "nothing, if that is meant") for note in case.notes]
-    if all(i.kind == "image" and i.path.suffix.lower() in video.VIDEO_SUFFIXES for i in case.identity) \
+    if all(i.kind == "image" and not is_photo(i.path) for i in case.identity) \
             and all(i.path.is_dir() for i in case.motion):
         text = "The subject's folder holds clips, the motion's holds pictures."
         found.append(("warning", text, "swap --identity and --motion, unless that is meant"))
@@ -196,7 +236,7 @@ def _read_all(case: Case, aim: dict) -> tuple[dict, list[dict]]:  # role -> rows
     jobs = [("identity", item) for item in case.identity] + [("motion", item) for item in case.motion]
     for role, item in tqdm(jobs, desc="reading", leave=False, disable=None):
         try:
-            frames, fps = source_frames(item, aim["frames"], aim["fps"])
+            frames, fps = source_frames(item, aim["frames"], aim["fps"], _glance)
             row = _measure(item, frames, fps)
         except InputError as error:
             findings.append(_finding("error", str(error), "replace the file or take it away", str(item.path)))
@@ -207,6 +247,7 @@ def _read_all(case: Case, aim: dict) -> tuple[dict, list[dict]]:  # role -> rows
         if role == "motion" and (share := _moving_share(frames)) < 0.005:
             text = f"Nothing moves: {share:.1%} of the picture changes."
             findings.append(_finding("warning", text, "use a clip that shows the motion", row["path"]))
+        if role == "motion": findings += _about_cuts(item, frames, aim)
     findings += _copies(looks["identity"]) + _copies(looks["motion"])
     return rows, findings + _about_clips(rows["motion"], aim["fps"])
 
@@ -230,6 +271,7 @@ def check_case(case: Case,
         ok=not levels["error"],
         **{word: getattr(case, word) for word in words},
         base=aim,
+        layouts=case.layouts,
         counts=dict(identity=len(case.identity), motion=len(case.motion)),
         **rows,
         findings=found,
@@ -271,6 +313,7 @@ def format_report(report: dict  # of `check_case`
     lines, base = [], report["base"]
     for role, what in (("identity", "images"), ("motion", "clips")):
         head = f'{role}: {report["counts"][role]} {what}, "{report[f"{role}_prompt"]}"'
+        if role in report["layouts"]: head += f", captions: {report['layouts'][role]}"
         lines += [head, *_table(report[role])]
     rate = f" at {base['fps']:g} fps" if base["fps"] else ""
     how = {"crop": "cropped", "pad": "padded"}[base["fit"]]

@@ -17,7 +17,7 @@ from .core import InputError
 from .data import Case, Item, first_frame, read_item
 from .family import family_of, named_family
 from .store import Store, fingerprint
-from .video import frame_files
+from .video import READER, frame_files
 
 # %% ../nbs/22_encode.ipynb
 @dataclass
@@ -119,7 +119,7 @@ class _Work:
     def visual_key(self, item, files):
         c = self.config
         size, how = (c.height, c.width, c.frames), (c.fps if item.kind == "video" else None, c.fit)
-        return fingerprint("visual 3", item.kind, *size, *how, *self.seen, *files)
+        return fingerprint("visual 3", READER, item.kind, *size, *how, *self.seen, *files)
 
     def visual(self, item):
         c = self.config

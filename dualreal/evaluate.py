@@ -35,10 +35,13 @@ from dualreal.metrics import (
     temporal_flickering,
 )
 from dualreal.video import (
+    READER,
     VIDEO_SUFFIXES,
     clip_facts,
     decoder,
     frame_files,
+    image_facts,
+    is_clip,
     natural_key,
     read_video,
     resize_crop,
@@ -46,7 +49,7 @@ from dualreal.video import (
 )
 
 from .core import InputError, atomic_path, counted, environment, few, pick_device, write_json
-from .data import Item, first_frame, identity_files, motion_files, prompt_list
+from .data import Item, first_frame, identity_files, is_photo, motion_files, prompt_list
 from .store import Store, cache_folder, check_writable, fingerprint, read_record
 
 # %% ../nbs/32_evaluate.ipynb
@@ -348,7 +351,7 @@ def preview_scorer(which="toy",  # or "published"
 def _walk(folder, above=()): # videos below a folder, and files that are none
     found, strange, above = [], [], {*above, folder.resolve()}
     for path in sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key):
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file(): found.append(path)
+        if path.is_file() and is_clip(path): found.append(path)
         elif path.resolve() in above or _sheets(path): strange.append(path) # a circle, our strips
         elif path.is_dir():
             inside, left = _walk(path, above)
@@ -452,7 +455,7 @@ class _Kept:
     def key(self, path): # of the bytes, or of the frames' in order; read once
         if path not in self.keys:
             files = frame_files(path) if path.is_dir() else [path]
-            self.keys[path] = fingerprint(_VERSION, decoder(), path.suffix.lower(), *files)
+            self.keys[path] = fingerprint(_VERSION, READER, decoder(), path.suffix.lower(), *files)
         return self.keys[path]
 
     def of(self, path) -> dict: return self.store.get(self.key(path))
@@ -492,9 +495,8 @@ def _oddities(path, facts): # facts: from `clip_facts`
     return facts.oddities + ["transparency is laid over white"] * clear
 
 def _see_through(files): # of pictures; those that cannot be read are complained of elsewhere
-    try: modes = [(p.mode, p.info) for p in map(Image.open, files[:1])]
-    except OSError: return False
-    return any(mode[-1] in "Aa" or "transparency" in info for mode, info in modes)
+    try: return any(image_facts(p).see_through for p in files[:1])
+    except InputError: return False
 
 # %% ../nbs/32_evaluate.ipynb
 @dataclass
@@ -574,6 +576,7 @@ def _load_references(identity, motion, store) -> tuple: # `References`, and what
     clips, more = motion_files(motion) if motion is not None else ([], [])
     for clip in clips: clip_facts(clip)
     odd = [p.name for p in pictures if _see_through([p])]
+    notes = notes + [f"{p.name}: {note}" for p in pictures if is_photo(p) for note in image_facts(p).notes]
     notes = notes + more + [f"{', '.join(odd)}: transparency is laid over white"] * bool(odd)
     said = dict(identity=[str(p) for p in pictures], motion=[str(p) for p in clips])
     images = [first_frame(Item(p, "image", "")) for p in pictures] # of a clip, too

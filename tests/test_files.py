@@ -1,0 +1,596 @@
+"""What a viewer shows is what is read: clips, photos and captions as people's tools write them, each made here by code."""
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from dualreal import data, doctor, video
+from dualreal.core import InputError
+
+av = pytest.importorskip("av")
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+PIXELS = json.loads((Path(__file__).parent / "goldens/pixels.json").read_text())
+COLOURS = np.array([(40, 40, 40), (230, 230, 230), (200, 60, 50), (60, 170, 80), (60, 80, 200), (210, 190, 60)])
+PERSON = "a person is waving"
+
+
+def patches(count=9, high=64, wide=96):
+    "Six plain colours; the first counts frames in greys."
+    frames = COLOURS.reshape(2, 3, 3).repeat(high // 2, 0).repeat(wide // 3, 1)[None].repeat(count, 0)
+    frames[:, :high // 2, :wide // 3] = 20 + 200 * np.arange(count)[:, None, None, None] // max(count, 9)
+    return frames.astype(np.uint8)
+
+
+def middles(frames):
+    "Mean colours of the six patches, (F, 6, 3)."
+    count, high, wide = frames.shape[:3]
+    inner = frames.reshape(count, 2, high // 2, 3, wide // 3, 3)[:, :, high // 8:-high // 8, :, wide // 12:-wide // 12]
+    return inner.mean((2, 4)).reshape(count, 6, 3)
+
+
+def write(path, frames, codec="libx264", pixels="yuv420p", rate=24, times=None, form=None, turn=None, aspect=None,
+          options=None, muxer=None, given="rgb24", **tags):
+    "A clip with everything that a camera may write."
+    same = dict(threads="1", mbtree="0") if codec == "libx264" else {}  # the same bytes every time, see `write_video`
+    with av.open(str(path), "w", format=form, options=muxer or {}) as container:
+        stream = container.add_stream(codec, rate=Fraction(rate), options=same | (options or {}))
+        height, width = (frames.shape[1:3] if given == "rgb24" else frames[0][1])
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        if aspect: stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if turn: stream.set_display_rotation(*turn)
+        if times is not None: stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for name, value in tags.items(): setattr(stream.codec_context, name, value)
+        for i, frame in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(frame if given == "rgb24" else frame[0], format=given)
+            if times is not None: frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def trimmed(source, target, first):
+    "Copied without re-encoding: packets before `first` stay, and an edit list hides them."
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        step = None
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is None: continue
+            step = step or packet.duration
+            packet.pts, packet.dts = packet.pts - first * step, packet.dts - first * step
+            packet.stream = stream
+            new.mux(packet)
+    return target
+
+
+# Clips: name -> (how it is made, frames that a player shows)
+
+def av1(path): return write(path, patches(), "libsvtav1", options=dict(preset="12", crf="10"))
+def live(path): return write(path, patches(), "libvpx-vp9", form="webm", muxer=dict(live="1"))
+def vp8(path): return write(path, patches(30), "libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"})
+def ts(path): return write(path, patches(), form="mpegts")
+def fragmented(path): return write(path, patches(), muxer=dict(movflags="frag_keyframe+empty_moov"))
+def lying_gif(path): video.write_video(path.with_suffix(".gif"), patches()).rename(path); return path
+def lying_mp4(path): video.write_video(path.with_suffix(".mp4"), patches()).rename(path); return path
+
+
+def trim(path):
+    whole = write(path.with_name("whole.mp4"), patches(20))
+    return trimmed(whole, path, 8)
+
+
+CLIPS = {"av1.mp4": (av1, patches()), "live.webm": (live, patches()), "alt.webm": (vp8, patches(30)), "a.ts": (ts, patches()),
+         "frag.mp4": (fragmented, patches()), "really_gif.mp4": (lying_gif, patches()), "really_mp4.gif": (lying_mp4, patches()),
+         "trim.mp4": (trim, patches(20)[8:])}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_is_read_as_a_player_shows_it(tmp_path, name):
+    "In facts, frames, a case and a stream alike."
+    make, frames = CLIPS[name]
+    path = make(tmp_path / name)
+    read, fps = video.read_video(path)
+    assert len(read) == len(frames) == video.clip_facts(path).frames == sum(map(len, video.stream_video(path, 4)))
+    assert np.abs(middles(read) - middles(frames)).mean() < 4
+    assert fps == pytest.approx(100 / 4 if name == "really_gif.mp4" else 8 if name == "really_mp4.gif" else 24, rel=.02) or "gif" in name
+    assert (data.read_item(data.Item(path, "video", PERSON), 64, 96, 9) == read[:9]).all()
+    assert data.source_frames(data.Item(path, "video", PERSON), 9)[0].shape[0] == 9
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".apng", ".avif"])
+def test_pictures_that_move_are_clips(tmp_path, suffix):
+    stills = [Image.fromarray(frame) for frame in patches()]
+    how = dict(save_all=True, append_images=stills[1:], duration=[80] * 9)
+    stills[0].save(tmp_path / f"a{suffix}", format="PNG" if suffix == ".apng" else None, **how)
+    stills[0].save(tmp_path / "b.webp", **how)
+    assert [p.name for p in data.motion_files(tmp_path)[0]] == [f"a{suffix}", "b.webp"]
+    frames, fps = video.read_video(tmp_path / f"a{suffix}")
+    assert len(frames) == 9 and fps == pytest.approx(12.5) and np.abs(middles(frames) - middles(patches())).mean() < 6
+    Image.new("RGB", (8, 8)).save(tmp_path / "still.png")
+    assert "still.png" in data.motion_files(tmp_path)[1][0]
+
+
+def test_a_varying_rate_is_thinned_by_times(tmp_path):
+    "For each wanted instant, the nearest picture; a pause lasts."
+    times = [0, 33, 66, 100, 133, 166, 200, 500, 800, 1100, 1133, 1166, 1200]
+    path = write(tmp_path / "a.mp4", patches(13), times=times)
+    facts = video.clip_facts(path)
+    assert facts.variable and facts.frames == 13 and facts.fps == pytest.approx(12 / 1.2, rel=.01)
+    for fps in (2, 8, 12):
+        nearest = [int(np.argmin(np.abs(np.array(times) / 1000 - k / fps))) for k in range(int(1.2 * fps + 1e-6) + 1)]
+        assert video.pick_frames(facts, 99, fps) == nearest
+    assert video.pick_frames(facts, 99) == list(range(13))
+    item = data.Item(path, "video", PERSON)
+    assert (data.source_frames(item, 9, 8)[0] == video.read_video(path)[0][video.pick_frames(facts, 9, 8)]).all()
+    assert any("frame rate varies" in note for note in facts.notes)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("degrees, flips", [(90, ()), (180, ()), (-90, ()), (0, (True, False)), (90, (True, False))])
+def test_turned_clips_stand_upright(tmp_path, suffix, degrees, flips):
+    if not hasattr(av.video.stream.VideoStream, "set_display_rotation"): pytest.skip("this PyAV writes no display matrix")
+    read = video.read_video(write(tmp_path / f"a{suffix}", patches(3), turn=(degrees, *flips)))[0]
+    plain = video.read_video(write(tmp_path / f"plain{suffix}", patches(3)))[0]
+    upright = np.rot90(plain, degrees // 90, (1, 2))
+    if flips: upright = upright[:, :, ::-1]
+    assert read.shape == upright.shape and (read == upright).all()
+    assert video.clip_facts(tmp_path / f"a{suffix}")[8:10] == read.shape[1:3]
+
+
+@pytest.mark.parametrize("aspect, size", [("4/3", (64, 128)), ("2", (64, 192)), ("1/2", (128, 96)), ("1", (64, 96))])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_pixels_become_square(tmp_path, aspect, size, suffix):
+    path = write(tmp_path / f"a{suffix}", patches(), aspect=aspect)
+    read, facts = video.read_video(path)[0], video.clip_facts(path)
+    assert read.shape[1:3] == size == (facts.height, facts.width)
+    if size[1] % 3 == 0: assert np.abs(middles(read) - middles(patches())).mean() < 4
+
+
+# Colour: signals written by the standards' formulas, and what a screen of BT.709 shows of them, computed here
+
+KR_KB = {1: (.2126, .0722), 9: (.2627, .0593)}
+
+
+def ycc(rgb, matrix):
+    "10-bit limited-range Y'CbCr (F', 3) of R'G'B' 0..1."
+    kr, kb = KR_KB[matrix]
+    y = rgb @ np.array([kr, 1 - kr - kb, kb])
+    cb, cr = (rgb[..., 2] - y) / (2 - 2 * kb), (rgb[..., 0] - y) / (2 - 2 * kr)
+    return np.stack([64 + 876 * y, 512 + 896 * cb, 512 + 896 * cr], -1).round().astype(np.uint16)
+
+
+def signal(path, rgb, matrix, **tags):
+    "A lossless 10-bit clip of plain patches, one beside the other."
+    codes = ycc(np.asarray(rgb, float), matrix).T  # (3, patches)
+    y, cb, cr = (plane.repeat(side).reshape(1, -1).repeat(side, 0) for plane, side in zip(codes, (16, 8, 8)))
+    frame = np.concatenate([y.ravel(), cb.ravel(), cr.ravel()]).reshape(-1, y.shape[1])
+    write(path, [(frame, y.shape)] * 5, pixels="yuv420p10le", options=dict(qp="0"), given="yuv420p10le", colorspace=matrix, **tags)
+    shown = video.read_video(path)[0]
+    return shown[2, 8, 8::16].astype(float)
+
+
+def to_709(linear, primaries):
+    "Linear light of other primaries, with numbers of ITU-R BT.2087 and of SMPTE EG 432-1."
+    known = {9: [[1.6605, -.5876, -.0728], [-.1246, 1.1329, -.0083], [-.0182, -.1006, 1.1187]],
+             12: [[1.2249, -.2247, 0], [-.0420, 1.0419, 0], [-.0197, -.0786, 1.0979]]}
+    return linear @ np.array(known[primaries]).T
+
+
+WIDE = np.array([(.2, .2, .2), (.8, .8, .8), (.6, .3, .25), (.3, .6, .35), (.3, .35, .6), (.7, .6, .3), (0, 0, 0), (1, 1, 1)])
+
+
+@pytest.mark.parametrize("primaries, matrix, transfer", [(9, 9, 1), (9, 9, 14), (12, 1, 1), (12, 1, 13)])
+def test_wide_gamut_becomes_bt709(tmp_path, primaries, matrix, transfer):
+    shown = signal(tmp_path / "a.mp4", WIDE, matrix, color_primaries=primaries, color_trc=transfer)
+    srgb = transfer == 13
+    light = np.where(WIDE <= .04045, WIDE / 12.92, ((WIDE + .055) / 1.055) ** 2.4) if srgb else WIDE ** 2.4
+    light = np.clip(to_709(light, primaries), 0, 1)
+    back = np.where(light <= .0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - .055) if srgb else light ** (1 / 2.4)
+    assert np.abs(shown - 255 * back).mean() < 2
+    assert video.clip_facts(tmp_path / "a.mp4").colours == {9: "BT.2020", 12: "P3"}[primaries]
+
+
+def hlg_light(signal):
+    "Display light in cd/m2 of an HLG signal on a screen of 1000 (ITU-R BT.2100)."
+    scene = np.where(signal <= .5, signal**2 / 3, (np.exp((signal - .55991073) / .17883277) + .28466892) / 12)
+    return 1000 * scene * (scene @ np.array([.2627, .6780, .0593]))[:, None] ** .2
+
+
+def pq_light(signal):
+    power = signal ** (1 / 78.84375)
+    return 10000 * (np.maximum(power - .8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / .1593017578125)
+
+
+@pytest.mark.parametrize("transfer, light, white", [(18, hlg_light, .75), (16, pq_light, .5806)])
+def test_hdr_is_tone_mapped(tmp_path, transfer, light, white):
+    "White lands near white, greys stay grey and in order, colours below the knee are exact."
+    ramp = np.linspace(0, 1, 33)[:, None].repeat(3, 1)
+    dim = WIDE[2:6] * (.8 if transfer == 18 else .7)
+    tags = dict(color_primaries=9, color_trc=transfer)
+    shown = signal(tmp_path / "a.mp4", np.concatenate([ramp, [[white] * 3], dim]), 9, **tags)
+    greys, colours = shown[:33], shown[34:]
+    assert np.ptp(shown[:34], axis=1).max() <= 2 and (np.diff(greys[:, 1]) >= -1).all() and greys[0].max() <= 1 and greys[-1].min() > 250
+    assert 235 <= shown[33].min() <= shown[33].max() <= 255
+    linear = np.clip(to_709(light(dim) / 203, 9), 0, None)
+    assert linear.max() < .75
+    assert np.abs(colours - 255 * linear ** (1 / 2.4)).mean() < 2
+    facts = video.clip_facts(tmp_path / "a.mp4")
+    assert facts.colours == {18: "HLG", 16: "PQ"}[transfer] and "tone-mapped" in facts.notes[0] and facts.reader == "PyAV"
+
+
+ORDINARY = {"a.mp4": {}, "hd.mp4": dict(colorspace=1, color_primaries=1, color_trc=1), "sd.mp4": dict(colorspace=6, color_primaries=6, color_trc=6),
+            "full.mp4": dict(color_range=2, pixels="yuvj420p"), "a.avi": dict(codec="mpeg4"), "a.webm": dict(codec="libvpx-vp9"),
+            "b.webm": dict(codec="libvpx"), "fine.mkv": dict(pixels="yuv444p"), "c.avi": dict(codec="mjpeg", pixels="yuvj422p")}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_clips_keep_their_pixels(tmp_path, name):
+    "Those of decord, read from the first frame to the last, and PyAV gives the same."
+    decord = pytest.importorskip("decord")
+    path = write(tmp_path / name, patches(12), **ORDINARY[name])
+    assert video.clip_facts(path).reader == "decord" and not video.clip_facts(path).notes
+    reader = decord.VideoReader(str(path))
+    before = np.stack([video._compact(reader[i].asnumpy()) for i in range(len(reader))])
+    assert (video.read_video(path)[0] == before).all() and (video.read_video(path, backend="pyav")[0] == before).all()
+    assert (video.read_frames(path, [0, 3, 3, 7]) == before[[0, 3, 3, 7]]).all()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real clips (../shared/real) are not here")
+@pytest.mark.skipif(not video.decoder().startswith("decord"), reason="decord has no wheel here")
+@pytest.mark.parametrize("name", [*itertools.islice(PIXELS, 4), *[pytest.param(n, marks=pytest.mark.slow) for n in itertools.islice(PIXELS, 4, None)]])
+def test_real_clips_keep_their_pixels(name):
+    "As they were read before files had facts (recorded in goldens/pixels.json)."
+    import hashlib
+    frames, fps = video.read_video(SHARED / name)
+    assert [hashlib.sha256(frames.tobytes()).hexdigest()[:16], list(frames.shape), fps] == PIXELS[name]
+
+
+# What `check` says
+
+def case_of(tmp_path, clip):
+    for i in range(3): Image.fromarray(np.roll(patches(1)[0], 9 * i, 1)).save(tmp_path / f"{i}.png")
+    (tmp_path / "clips").mkdir(exist_ok=True)
+    os.rename(clip, tmp_path / "clips" / clip.name)
+    return data.load_case(tmp_path, tmp_path / "clips", "dog *", PERSON)
+
+
+def test_check_tells_cuts_combs_and_rates(tmp_path):
+    scenes = np.concatenate([patches(9), 255 - patches(8)])
+    report = doctor.check_case(case_of(tmp_path, write(tmp_path / "cut.mp4", scenes, rate=10)), 64, 96, 17)
+    assert "A hard cut at 0.90 s" in doctor.format_report(report)
+    early = doctor.check_case(case_of(tmp_path, tmp_path / "clips/cut.mp4"), 64, 96, 9)
+    assert "hard cut" not in doctor.format_report(early)  # after the frames that are used
+    path = write(tmp_path / "combs.mkv", patches(9), options={"x264-params": "interlaced=1"})
+    (tmp_path / "clips/cut.mp4").unlink()
+    said = doctor.format_report(doctor.check_case(case_of(tmp_path, path), 64, 96, 9))
+    assert "interlaced" in said
+    facts = doctor.check_case(data.load_case(tmp_path, tmp_path / "clips", "dog *", PERSON), 64, 96, 9)["motion"][0]["facts"]
+    assert facts["interlaced"] and facts["reader"] == "PyAV" and json.loads(json.dumps(facts)) == facts
+
+
+MEMORY = """
+import resource, sys, numpy as np
+from dualreal import data
+item = data.Item(data.Path(sys.argv[1]), "video", "a person is waving")
+frames = data.read_item(item, 48, 72, 49, float(sys.argv[2]) or None)
+assert frames.shape == (49, 48, 72, 3), frames.shape
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def large(path, count):
+    plane = np.full((3240, 3840), 128, np.uint8)
+    frames = []
+    for i in range(count):
+        plane[:2160] = 40 + i % 150
+        frames.append((plane.copy() if i < 2 else frames[i % 2][0], (2160, 3840)))
+    return write(path, frames, "mpeg4", rate=60, given="yuv420p", options=dict(qscale="8"))
+
+
+@pytest.mark.parametrize("count, fps", [(49, 0), pytest.param(600, 8, marks=pytest.mark.slow)])
+def test_4k_takes_little_memory(tmp_path, count, fps):
+    path = large(tmp_path / "large.mp4", count)
+    done = subprocess.run([sys.executable, "-c", MEMORY, path, str(fps)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1, f"{float(done.stdout):.2f} GiB"
+
+
+def test_damaged_is_said_by_all_readers(tmp_path):
+    "decord gives up, PyAV goes on; where it gives up, too, the sentence has both."
+    path = write(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 255, (30, 64, 96, 3), np.uint8))
+    data_ = bytearray(path.read_bytes())
+    data_[len(data_) // 2:len(data_) * 2 // 3] = bytes(len(data_) * 2 // 3 - len(data_) // 2)
+    (tmp_path / "holes.mp4").write_bytes(data_)
+    with pytest.raises(InputError, match="holes.mp4 cannot be decoded, it is damaged or cut off: .*PyAV says") as caught:
+        video.read_video(tmp_path / "holes.mp4")
+    assert "\n" not in str(caught.value)
+
+
+# Photos
+
+def profiled(image, profile, path, **how):
+    image.save(path, icc_profile=profile, **how)
+    return path
+
+
+def p3_profile():
+    "A matrix profile with the primaries of Display P3 and sRGB's curve: sRGB's own, its colours exchanged."
+    data_ = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    d50 = dict(rXYZ=(.51512, .24120, -.00105), gXYZ=(.29198, .69225, .04189), bXYZ=(.15710, .06657, .78407))
+    for i in range(int.from_bytes(data_[128:132])):
+        name, at = bytes(data_[132 + 12 * i:136 + 12 * i]).decode(), int.from_bytes(data_[136 + 12 * i:140 + 12 * i])
+        if name in d50: data_[at + 8:at + 20] = np.round(np.array(d50[name]) * 65536).astype(">i4").tobytes()
+    return bytes(data_)
+
+
+@pytest.mark.parametrize("suffix, how", [(".png", {}), (".jpg", dict(quality=100, subsampling=0)), (".webp", dict(lossless=True)), (".tif", {})])
+def test_profiles_are_converted(tmp_path, suffix, how):
+    pixels = (255 * WIDE).round().astype(np.uint8).repeat(8, 0)[None].repeat(16, 0)
+    path = profiled(Image.fromarray(pixels), p3_profile(), tmp_path / f"a{suffix}", **how)
+    signal = (255 * WIDE).round() / 255
+    light = np.clip(to_709(np.where(signal <= .04045, signal / 12.92, ((signal + .055) / 1.055) ** 2.4), 12), 0, 1)
+    wanted = 255 * np.where(light <= .0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - .055)
+    assert np.abs(video.read_image(path)[8, 4::8] - wanted).mean() < 2
+    assert video.image_facts(path).notes == ()
+
+
+def test_profiles_that_change_nothing_or_are_broken(tmp_path):
+    image = Image.fromarray(patches(1)[0])
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert (video.read_image(profiled(image, srgb, tmp_path / "s.png")) == patches(1)[0]).all()
+    broken = profiled(image, b"no profile at all", tmp_path / "b.png")
+    assert (video.read_image(broken) == patches(1)[0]).all()
+    assert video.image_facts(broken).notes == ("its colour profile is broken: left aside",)
+    write(tmp_path / "a.mp4", patches(9))
+    case_of(tmp_path, tmp_path / "a.mp4")
+    said = doctor.format_report(doctor.check_case(data.load_case(tmp_path, tmp_path / "clips", "dog *", PERSON), 64, 96, 9))
+    assert "Its colour profile is broken" in said
+    glass = Image.fromarray(patches(1)[0]).convert("RGBA")
+    glass.putalpha(Image.new("L", glass.size, 0))
+    assert (video.read_image(profiled(glass, p3_profile(), tmp_path / "g.png")) == 255).all()
+
+
+def other(mode):
+    "The same six colours, stored in another way."
+    image = Image.fromarray(patches(1)[0])
+    return image.quantize(16) if mode == "P" else image.convert(mode)
+
+
+@pytest.mark.parametrize("name, mode, how", [
+    ("a.jpg", "CMYK", {}), ("a.tif", "CMYK", {}), ("a.png", "P", {}), ("a.png", "RGBA", {}), ("a.jfif", "RGB", dict(format="JPEG")),
+    ("a.avif", "RGB", dict(quality=95)), ("lies.heic", "RGB", dict(format="PNG")), ("lies.jpg", "RGB", dict(format="PNG")),
+    ("a.mpo", "RGB", dict(format="MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))])), ("a.png", "1;16", {})])
+def test_photos_as_people_have_them(tmp_path, name, mode, how):
+    frame = patches(1)[0]
+    if mode == "1;16":
+        Image.fromarray(frame[..., 0].astype(np.uint16) * 257).save(tmp_path / name)
+        assert (video.read_image(tmp_path / name) == frame[..., :1]).all()
+        return
+    other(mode).save(tmp_path / name, **how)
+    read = video.read_image(tmp_path / name)
+    assert read.shape == frame.shape and np.abs(middles(read[None]) - middles(frame[None])).mean() < 6
+    assert [p.name for p in data.identity_files(tmp_path)[0]] == [name]
+    assert (video.image_facts(tmp_path / name).height, video.image_facts(tmp_path / name).frames) == (64, 1)
+
+
+def test_heic_without_its_library(tmp_path, monkeypatch):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    monkeypatch.setattr(video, "_heif", lambda: False)
+    with pytest.raises(InputError, match=r"IMG_1.HEIC .*pillow-heif: pip install 'dualreal\[heif\]'"): video.read_image(tmp_path / "IMG_1.HEIC")
+
+
+@pytest.mark.slow
+def test_heic(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    Image.fromarray(patches(1)[0]).save(tmp_path / "a.heic", quality=95)
+    assert np.abs(middles(video.read_image(tmp_path / "a.heic")[None]) - middles(patches(1))).mean() < 6
+
+
+def header(path, width, height):
+    "A PNG that promises more than it holds."
+    def chunk(name, body): return len(body).to_bytes(4) + name + body + zlib.crc32(name + body).to_bytes(4)
+    ihdr = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0])
+    body = chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(bytes(9999))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def test_what_takes_too_much_memory(tmp_path):
+    with pytest.raises(InputError, match=r"40000x30000 pixels: .*4.5 GiB.*decompression bomb.*smaller copy"):
+        video.read_image(header(tmp_path / "a.png", 40000, 30000))
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(InputError, match="cannot be read"): video.read_image(header(tmp_path / "b.png", 16000, 12500))  # cut off, no bomb
+    assert Image.MAX_IMAGE_PIXELS == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, size", [("a.jpg", (16320, 12240)), ("b.png", (12000, 9000)), ("c.jpg", (12000, 9000))])
+def test_very_large_photos(tmp_path, name, size):
+    image = Image.fromarray(patches(1)[0]).resize(size, Image.Resampling.NEAREST)
+    image.save(tmp_path / name, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
+    read = video.read_image(tmp_path / name)
+    assert read.shape == (size[0] // 2, size[1] // 2, 3)
+    assert np.abs(middles(np.rot90(read)[None, :, :size[0] // 2 // 12 * 12]) - middles(patches(1))).mean() < 6
+    assert video.image_facts(tmp_path / name)[:2] == size and "read at 1/2" in video.image_facts(tmp_path / name).notes[0]
+
+
+# Captions
+
+def photos(folder, count=3):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count): Image.fromarray(np.roll(patches(1)[0], 9 * i, 1)).save(folder / f"IMG {i}.jpg")
+    return folder
+
+
+def put(folder, **files):
+    for name, text in files.items(): (folder / name.replace("__", ".").replace("_0", " 0")).write_text(text)
+
+
+def each(folder, suffix, text="a dog *"):
+    for i in range(3): (folder / f"IMG {i}{suffix}").write_text(text)
+
+
+LAYOUTS = {
+    ".caption beside": (lambda f: each(f, ".caption"), ".caption beside each file"),
+    ".TXT beside": (lambda f: each(f, ".TXT"), ".TXT beside each file"),
+    ".jpg.txt beside": (lambda f: each(f, ".jpg.txt"), ".jpg.txt beside each file"),
+    "json caption": (lambda f: each(f, ".json", '{"caption": "a dog *"}'), ".json beside each file"),
+    "json prompt": (lambda f: each(f, ".json", '{"prompt": "a dog *", "seed": 3}'), ".json beside each file"),
+    "jsonl": (lambda f: (f / "metadata.jsonl").write_text("\n".join(json.dumps(dict(file_name=f"IMG {i}.jpg", text="a dog *")) for i in range(3))), "metadata.jsonl"),
+    "csv": (lambda f: (f / "metadata.csv").write_text("file_name,text\n" + "".join(f"IMG {i}.jpg,a dog *\n" for i in range(3))), "metadata.csv"),
+    "csv of others": (lambda f: (f / "metadata.csv").write_text("image,prompt\n" + "".join(f".\\IMG {i}.jpg,a dog *\n" for i in range(3))), "metadata.csv"),
+    "prompt.txt": (lambda f: (f / "prompt.txt").write_text("a dog *\n" * 3), "prompt.txt"),
+    "two that agree": (lambda f: (each(f, ".txt"), each(f, ".json", '{"text": "a dog *"}')), ".json beside each file, .txt beside each file"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_captions(tmp_path, name):
+    make, said = LAYOUTS[name]
+    make(photos(tmp_path / "photos"))
+    write(tmp_path / "a.mp4", patches(9))
+    (tmp_path / "clips").mkdir()
+    os.rename(tmp_path / "a.mp4", tmp_path / "clips/a.mp4")
+    case = data.load_case(tmp_path / "photos", tmp_path / "clips", None, PERSON)
+    assert {item.prompt for item in case.identity} == {"a dog *"} and case.notes == []
+    assert sorted(case.layouts["identity"].split(", ")) == sorted(said.split(", ")) and case.layouts["motion"] == "--motion-prompt"
+    if name == "csv": assert "captions: metadata.csv" in doctor.format_report(doctor.check_case(case, 64, 96, 9))
+
+
+def test_kohya_and_finetrainers(tmp_path):
+    photos(tmp_path / "kohya/10_ohwx dog")
+    each(photos(tmp_path / "kohya/2_dog", 3), ".txt")
+    files, notes = data.identity_files(tmp_path / "kohya")
+    assert len(files) == 6 and sum("repeats are ignored" in note for note in notes) == 2
+    shutil_free = tmp_path / "kohya/2_dog"
+    for file in shutil_free.iterdir(): file.unlink()
+    shutil_free.rmdir()
+    assert data._captions(tmp_path / "kohya", files[3:], "identity")[0] == ["ohwx dog"] * 3
+    root = tmp_path / "fine"
+    (root / "videos").mkdir(parents=True)
+    for i in range(3): write(root / f"videos/clip {i}.mp4", patches(5))
+    (root / "videos.txt").write_text("".join(f"videos\\clip {i}.mp4\n" for i in range(3)))
+    (root / "prompt.txt").write_text("".join(f"{word} is waving\n" for word in ("one", "two", "three")))
+    found = data.motion_files(root)[0]
+    assert [p.name for p in found] == [f"clip {i}.mp4" for i in range(3)]
+    assert data._captions(root, found, "motion")[0] == ["one is waving", "two is waving", "three is waving"]
+
+
+def test_captions_that_contradict_or_are_unknown(tmp_path):
+    folder = photos(tmp_path / "photos")
+    each(folder, ".caption")
+    (folder / "IMG 1.txt").write_text("a cat *")
+    with pytest.raises(InputError, match=r"IMG 1.jpg is .*a .* in .*IMG 1\.(caption|txt), but .* in .*IMG 1\.(caption|txt)"): data._captions(folder, data.identity_files(folder)[0], "identity")
+    (folder / "IMG 1.txt").unlink()
+    (folder / "metadata.jsonl").write_text(json.dumps(dict(file_name="IMG 0.jpg", text="cat *")))
+    with pytest.raises(InputError, match="metadata.jsonl has no caption for IMG 1"): data._captions(folder, data.identity_files(folder)[0], "identity")
+    for file in [*folder.glob("*.caption"), *folder.glob("*.jsonl")]: file.unlink()
+    (folder / "captions.yaml").write_text("IMG 0: dog")
+    (folder / "IMG 0.json").write_text('{"tags": ["dog"]}')
+    files, notes = data.identity_files(folder)
+    assert "IMG 0.json, captions.yaml" in notes[0]
+    with pytest.raises(InputError, match=r"captions.yaml: no layout"): data._captions(folder, files, "identity")
+
+
+def test_train_names_what_is_not_used(tmp_path, capsys):
+    from dualreal import cli, settings
+    folder = photos(tmp_path / "photos")
+    (folder / "receipt.pdf").touch()
+    (tmp_path / "clips").mkdir()
+    for i in range(3): write(tmp_path / f"clips/{i}.mp4", patches(5))
+    config = settings.TrainConfig(identity=str(folder), motion=str(tmp_path / "clips"), out=str(tmp_path / "out"), identity_prompt="dog *", motion_prompt=PERSON)
+    cli._warn(config)
+    assert "not used: receipt.pdf" in capsys.readouterr().out
+
+
+# Caches
+
+def test_old_entries_are_left_alone(tmp_path):
+    "Latents and scores under the keys of an older reader are neither used nor touched."
+    torch = pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from dualreal.encode import _Work
+    from dualreal.evaluate import _VERSION, _Kept
+    from dualreal.store import Store, fingerprint
+    path, store = write(tmp_path / "a.mp4", patches(5)), Store(tmp_path / "cache")
+    item, config = data.Item(path, "video", PERSON), SimpleNamespace(height=64, width=96, frames=5, fps=None, fit="crop")
+    work = object.__new__(_Work)
+    work.config, work.cache, work.seen = config, store, ["vae", "none"]
+    work.visual = lambda item: dict(mean=torch.ones(1), std=torch.ones(1))
+    old = [fingerprint(name, "video", 64, 96, 5, None, "crop", "vae", "none", path) for name in ("visual 3", "visual 4", "visual 5")]
+    for key in old: store.tensors(key, lambda: dict(mean=torch.zeros(1), std=torch.zeros(1)))
+    before = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.safetensors")}
+    assert float(work.encode(item, torch.zeros(1)).mean) == 1
+    assert all(p.read_bytes() == data_ for p, data_ in before.items())
+    kept = _Kept(store)
+    older = fingerprint(_VERSION, video.decoder(), ".mp4", path)
+    store.update(older, dict(scores=1))
+    assert kept.of(path) == {} and store.get(older) == dict(scores=1)
+    assert video.READER in Path(video.__file__).read_text() and kept.key(path) != older
+
+
+# Any combination that PyAV can write here
+
+KINDS = [(suffix, codec, pixels) for codec, suffixes, layouts in (
+    ("libx264", (".mp4", ".mov", ".mkv", ".avi", ".ts", ".3gp"), ("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "nv12")),
+    ("libvpx-vp9", (".webm", ".mkv", ".mp4"), ("yuv420p", "yuv444p", "gbrp", "yuv420p10le")), ("libvpx", (".webm", ".mkv"), ("yuv420p",)),
+    ("mpeg4", (".avi", ".mp4", ".mkv"), ("yuv420p",)), ("mjpeg", (".avi", ".mov", ".mkv"), ("yuvj420p", "yuvj422p", "yuvj444p")),
+    ("mpeg2video", (".mpg", ".ts", ".mkv"), ("yuv420p", "yuv422p")), ("ffv1", (".mkv", ".avi"), ("yuv420p", "yuv444p16le", "gbrp10le", "bgr0", "rgb48le")),
+    ("prores_ks", (".mov",), ("yuv422p10le", "yuv444p10le")), ("png", (".mov", ".mkv"), ("rgb24", "rgba")), ("qtrle", (".mov",), ("rgb24",)),
+    ("huffyuv", (".avi", ".mkv"), ("yuv422p", "rgb24")), ("utvideo", (".avi",), ("yuv420p", "gbrp")), ("wmv2", (".wmv",), ("yuv420p",)), ("flv", (".flv",), ("yuv420p",)),
+    ("libsvtav1", (".mp4", ".webm", ".mkv"), ("yuv420p", "yuv420p10le"))) for suffix in suffixes for pixels in layouts]
+TURNS = (None, (90,), (180,), (-90,), (0, True), (90, True))
+RATES = (8, 24, Fraction(30000, 1001), 60)
+REFUSED: set = set()  # of KINDS: what is written here and cannot be read
+
+
+def combinations(count, seed):
+    draw = random.Random(seed)
+    every = [(kind, turn, rate) for kind in KINDS for turn in TURNS for rate in RATES]
+    return draw.sample(every, count)
+
+
+def combination(tmp_path, kind, turn, rate):
+    suffix, codec, pixels = kind
+    turn = turn if suffix in (".mp4", ".mov", ".mkv") and hasattr(av.video.stream.VideoStream, "set_display_rotation") else None
+    options = {"mpeg4": dict(qscale="2"), "libsvtav1": dict(preset="12", crf="10")}.get(codec, {})
+    frames, path = patches(9, 96, 144), tmp_path / f"a{suffix}"
+    try: write(path, frames, codec, pixels, rate, turn=turn, options=options)
+    except (av.FFmpegError, ValueError): return None  # no file of this kind can be made
+    if kind in REFUSED:
+        with pytest.raises(InputError): video.read_video(path)
+        return None
+    read, fps = video.read_video(path)
+    if turn:
+        if len(turn) > 1: read = read[:, :, ::-1]
+        read = np.rot90(read, -turn[0] // 90, (1, 2))
+    assert read.shape == frames.shape and fps == pytest.approx(float(rate), rel=.01)
+    lossy = 12 if codec in ("wmv2", "flv", "mpeg2video", "mpeg4") else 6
+    assert np.abs(middles(read) - middles(frames)).mean() < lossy
+    greys = middles(read)[:, 0].mean(1)
+    assert (np.diff(greys) > 0).all()  # in order
+    return read
+
+
+@pytest.mark.parametrize("kind, turn, rate", combinations(12, 1), ids=str)
+def test_combinations(tmp_path, kind, turn, rate): combination(tmp_path, kind, turn, rate)
+
+
+@pytest.mark.slow
+def test_many_combinations(tmp_path):
+    read = 0
+    for i, one in enumerate(combinations(400, 2)):
+        (tmp_path / str(i)).mkdir()
+        read += combination(tmp_path / str(i), *one) is not None
+    assert read > 300
