@@ -305,7 +305,7 @@ def _run_check(config:settings.CheckConfig):
     base = base_size(folder)
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
     size = [getattr(base, k) if v is None else v for k, v in asked.items()]
-    how = dict(fps=config.fps, fit=config.fit)
+    how = dict(fps=config.fps, fit=config.fit, step=base.clip_step)
     if min(size) < 1 or not (config.fps is None or 0 < config.fps < float("inf")):
         raise InputError("--height, --width, --frames and --fps: give positive numbers")
     if size[2] < MIN_CLIP: raise InputError(f"frames {size[2]}: give at least {MIN_CLIP}") # as `train` says

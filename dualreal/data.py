@@ -478,13 +478,14 @@ def case_faults(identity: str | Path,  # these as for `load_case`
     return [fault for half in halves for fault in _half_faults(*half)]
 
 # %% ../nbs/13_data.ipynb
-MIN_CLIP = 5  # frames: the smallest 4k + 1 that holds motion
+MIN_CLIP = 5  # frames: fewer hold no motion
 
 
 def source_frames(item: Item,
                   max_frames: int,  # at most
                   fps: float | None = None,  # take a clip's frames at this rate
-                  each: Callable | None = None  # what is kept of a frame (H, W, 3); None: the frame
+                  each: Callable | None = None,  # what is kept of a frame (H, W, 3); None: the frame
+                  step: int = 4  # of `usable_frames`
                   ) -> tuple[np.ndarray, float | None]:  # uint8 (F, H, W, 3); the clip's rate
     "The frames of an item that are used, in their own size; `InputError` names a clip that is too short."
     if item.kind == "image":
@@ -492,19 +493,20 @@ def source_frames(item: Item,
         return (each(frame) if each else frame)[None], None
     facts = video.clip_facts(item.path)
     picks = video.pick_frames(facts, max(max_frames, MIN_CLIP), fps)
-    used = _used(item, facts, len(picks), max_frames, fps)
+    used = _used(item, facts, len(picks), max_frames, fps, step)
     frames = video.read_frames(item.path, picks[:used], each)
-    if len(frames) < used: used = _used(item, facts, len(frames), max_frames, fps)  # fewer than its packets say
+    if len(frames) < used: used = _used(item, facts, len(frames), max_frames, fps, step)  # too many packets
     return frames[:used], facts.fps
 
 
 def _used(item: Item, facts, count: int,  # frames there are
-          max_frames: int, fps: float | None) -> int:  # frames that are used
+          max_frames: int, fps: float | None, step: int) -> int:  # frames that are used
     "How many frames a base takes; `InputError` if they are too few to show motion."
-    if count < MIN_CLIP:
+    least = max(MIN_CLIP, 1 + step)
+    if count < least:
         has = f"{count} frame{'s' * (count > 1)}" + (f" at {fps:g} a second" if fps and fps < facts.fps else "")
-        raise InputError(f"{item.path} has {has}: a motion clip needs at least {MIN_CLIP} to show motion.")
-    return video.usable_frames(count, max_frames)
+        raise InputError(f"{item.path} has {has}: a motion clip needs at least {least} to show motion.")
+    return video.usable_frames(count, max_frames, step)
 
 
 def first_frame(item: Item) -> np.ndarray:  # uint8 (H, W, 3), uncropped, in its own size
@@ -516,10 +518,11 @@ def first_frame(item: Item) -> np.ndarray:  # uint8 (H, W, 3), uncropped, in its
 def read_item(item: Item,
               height: int,  # pixels
               width: int,  # pixels
-              max_frames: int,  # at most; a clip gives its first 4k + 1 frames, an image gives 1
+              max_frames: int,  # at most, of a clip as many as `usable_frames` says; an image gives 1
               fps: float | None = None,  # take a clip's frames at this rate; None: all of them
-              fit: str = "crop"  # or "pad"
+              fit: str = "crop",  # or "pad"
+              step: int = 4  # of `usable_frames`
               ) -> np.ndarray:  # uint8 (F, height, width, 3)
     "Decode, scale and crop (or pad) one item; `InputError` names it if it cannot be used."
     def fitted(frame): return video.FITS[fit](frame[None], height, width)[0]
-    return source_frames(item, max_frames, fps, fitted)[0]
+    return source_frames(item, max_frames, fps, fitted, step)[0]

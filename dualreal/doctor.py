@@ -60,10 +60,10 @@ def _moving_share(frames: np.ndarray  # uint8 (F, H, W, 3)
     return float((grey.max(0) - grey.min(0) > 12).mean())
 
 # %% ../nbs/14_doctor.ipynb
-def _aim(height, width, max_frames, fps, fit) -> dict:
+def _aim(height, width, max_frames, fps, fit, step=4) -> dict:
     "What training will make of every item."
-    frames = video.usable_frames(max_frames, max_frames)
-    return dict(height=height, width=width, frames=frames, fps=fps, fit=fit)
+    frames = video.usable_frames(max_frames, max_frames, step)
+    return dict(height=height, width=width, frames=frames, fps=fps, fit=fit, clip_step=step)
 
 
 def _about_size(row: dict,  # of `_measure`
@@ -119,7 +119,7 @@ def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, tex
         slower = ", or give a lower --fps" if row["fps"] and row["fps"] > 8 and not thinned else ""
         found.append(("note", text, f"cut the clip to the motion{slower}"))
     if kind == "video" and (cut := min(there, full) - row["used"]):
-        text = f"{row['used'] + cut} frames, of which {row['used']} are used: the base takes 4k+1."
+        text = f"{row['used'] + cut} frames, of which {row['used']} are used: the base takes {aim['clip_step']} together."
         found.append(("note", text, "nothing, if the end may go"))
     return found
 
@@ -236,7 +236,7 @@ def _read_all(case: Case, aim: dict) -> tuple[dict, list[dict]]:  # role -> rows
     jobs = [("identity", item) for item in case.identity] + [("motion", item) for item in case.motion]
     for role, item in tqdm(jobs, desc="reading", leave=False, disable=None):
         try:
-            frames, fps = source_frames(item, aim["frames"], aim["fps"], _glance)
+            frames, fps = source_frames(item, aim["frames"], aim["fps"], _glance, aim["clip_step"])
             row = _measure(item, frames, fps)
         except InputError as error:
             findings.append(_finding("error", str(error), "replace the file or take it away", str(item.path)))
@@ -258,10 +258,11 @@ def check_case(case: Case,
                max_frames: int,
                prompt_tokens: Callable | None = None,  # caption -> (its tokens, the base's limit)
                fps: float | None = None,  # as for `read_item`
-               fit: str = "crop"
+               fit: str = "crop",
+               step: int = 4  # of `usable_frames`
                ) -> dict:  # JSON-able; "ok" is False if there is an error among "findings"
     "Read everything and gather every error, warning and note instead of stopping at the first."
-    aim = _aim(height, width, max_frames, fps, fit)
+    aim = _aim(height, width, max_frames, fps, fit, step)
     rows, found = _read_all(case, aim)
     found = _about_case(case, prompt_tokens) + found
     found = sorted(found, key=lambda finding: _LEVELS.index(finding["level"]))
@@ -335,7 +336,7 @@ def case_sheet(case: Case,
                max_frames: int,
                path: str | Path | None = None,  # also written there
                cell: int = 96,  # height of a cell in pixels
-               **how  # fps, fit: as for `read_item`
+               **how  # fps, fit, step: as for `read_item`
                ) -> Image.Image:
     "Images and clips as they are trained on, six frames of each clip; what cannot be read is left out."
     def seen(item):

@@ -105,6 +105,7 @@ class _Work:
             scaling = str(self.encoder.transform.transforms[-1])
             self.seen[1] = [fingerprint(self.encoder.visual), scaling, self.config.reference_norm]
         self.reader = fingerprint(self.pipe.text_encoder)
+        self.step = family_of(self.pipe).clip_step(dict(vae=self.pipe.vae.config))
 
     def read(self, prompt): # (T, D)
         key = fingerprint("text", prompt, self.max_tokens, self.reader)
@@ -123,7 +124,7 @@ class _Work:
 
     def visual(self, item):
         c = self.config
-        frames = read_item(item, c.height, c.width, c.frames, c.fps, c.fit)
+        frames = read_item(item, c.height, c.width, c.frames, c.fps, c.fit, self.step)
         mean, std = encode_frames(self.pipe.vae, frames)
         check_finite(torch.stack([mean, std]), f"{item.path}: the VAE", self.pipe.vae.dtype)
         if self.encoder is None: return dict(mean=mean, std=std)

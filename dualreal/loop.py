@@ -123,7 +123,8 @@ class Given:
         "Images or clips as they are trained on."
         c, kind = self.config, dict(identity="image", motion="video")[dimension]
         items = [Item(Path(path), kind, "") for path in self.files[dimension][:most]]
-        return [read_item(item, c.height, c.width, c.frames, c.fps, c.fit) for item in items]
+        how = c.height, c.width, c.frames, c.fps, c.fit, self.size.clip_step
+        return [read_item(item, *how) for item in items]
 
 # %% ../nbs/25_loop.ipynb
 class _Shuffled:

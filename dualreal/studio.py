@@ -69,10 +69,10 @@ def _what_trains(config:TrainConfig): # returns (PIL image, report)
     "The contact sheet of a case at the base's size, and the report of `check_case`."
     size, case = base_size(find_sizes(config.base)), _case(config)
     shape = size.height, size.width, size.frames
-    report = check_case(case, *shape)
+    report = check_case(case, *shape, step=size.clip_step)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if errors[1:] else ""))
-    return case_sheet(case, *shape), report
+    return case_sheet(case, *shape, step=size.clip_step), report
 
 # %% ../nbs/51_studio.ipynb
 def _estimate(config:TrainConfig, device=None) -> str:

@@ -852,12 +852,13 @@ FITS = dict(crop=resize_crop, pad=_resize_pad)
 
 # %% ../nbs/12_video.ipynb
 def usable_frames(count: int,  # frames there are, at least 1
-                  maximum: int  # frames wanted, at least 1
-                  ) -> int:  # 4k + 1
-    "The largest $4k+1$ that is neither above `count` nor above `maximum`."
+                  maximum: int,  # frames wanted, at least 1
+                  step: int = 4  # frames that a base's VAE takes together
+                  ) -> int:  # a multiple of the step, and one
+    "As many frames as a base can take of so many."
     if min(count, maximum) < 1:
         raise InputError(f"A video needs at least one frame, not {min(count, maximum)}.")
-    return (min(count, maximum) - 1) // 4 * 4 + 1
+    return (min(count, maximum) - 1) // step * step + 1
 
 # %% ../nbs/12_video.ipynb
 def sample_frames(frames: np.ndarray,  # (F, ...)
