@@ -106,6 +106,7 @@ def _listed(root: Path  # a folder that may hold videos.txt
     return paths
 
 # %% ../nbs/13_data.ipynb
+_SAID = ("caption", "text", "prompt")  # what others call a caption
 _CLIPS, _CAPTIONS = "videos.txt", ("prompts.txt", "prompt.txt")  # of a folder: one clip, or one caption, a line
 _TABLES = ("metadata.jsonl", "metadata.csv")  # of a folder: files and their captions
 _BESIDE = (".txt", ".caption", ".json")  # of a file that holds another one's caption
@@ -124,6 +125,27 @@ def _listing(folder: Path) -> list[Path]:  # in order, hidden ones left out
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
+def _value(row: dict, keys: tuple) -> str:  # empty if there is none
+    "The first of some columns that a row has."
+    texts = {str(k).strip().lower(): v for k, v in row.items() if isinstance(v, str)}
+    return next((texts[key].strip() for key in keys if texts.get(key, "").strip()), "")
+
+
+def _caption_in(path: Path  # beside a file
+                ) -> str:  # empty if it holds none
+    "The caption of a text or JSON file."
+    if path.suffix.lower() != ".json": return " ".join(map(str.strip, _lines(path)))
+    try: found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError: return ""  # another tool's file: named among those that are not used
+    return " ".join(_value(found, _SAID).split()) if isinstance(found, dict) else ""
+
+
+def _read_beside(files: list[Path]) -> list[Path]:
+    "The files beside some files that hold a caption; a text that is empty is meant as one."
+    beside = (p for file in files for p in _captions_beside(file))
+    return [p for p in beside if p.suffix.lower() != ".json" or _caption_in(p)]
+
+# %% ../nbs/13_data.ipynb
 def _left_out(home: Path,  # the folder searched
               used: list[Path]  # what was taken from it
               ) -> list[str]:  # no note or one
@@ -232,7 +254,6 @@ def _from_list(source: Path,  # prompts.txt
     return lines
 
 # %% ../nbs/13_data.ipynb
-_SAID = ("caption", "text", "prompt")  # what others call a caption
 _NAMED = ("file_name", "filename", "file", "file_path", "path", "media", "video", "image")  # and its file
 
 
@@ -248,12 +269,6 @@ def _rows(source: Path  # metadata.jsonl or metadata.csv
     return rows
 
 
-def _value(row: dict, keys: tuple) -> str:  # empty if there is none
-    "The first of some columns that a row has."
-    texts = {str(k).strip().lower(): v for k, v in row.items() if isinstance(v, str)}
-    return next((texts[key].strip() for key in keys if texts.get(key, "").strip()), "")
-
-
 def _from_table(source: Path,  # metadata.jsonl or metadata.csv
                 files: list[Path]) -> list[str]:  # a caption for each file
     "Captions of a table of files."
@@ -266,21 +281,6 @@ def _from_table(source: Path,  # metadata.jsonl or metadata.csv
     return _by_name(source, lines, files)
 
 # %% ../nbs/13_data.ipynb
-def _caption_in(path: Path  # beside a file
-                ) -> str:  # empty if it holds none
-    "The caption of a text or JSON file."
-    if path.suffix.lower() != ".json": return " ".join(map(str.strip, _lines(path)))
-    try: found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError: return ""  # another tool's file: named among those that are not used
-    return " ".join(_value(found, _SAID).split()) if isinstance(found, dict) else ""
-
-
-def _read_beside(files: list[Path]) -> list[Path]:
-    "The files beside some files that hold a caption; a text that is empty is meant as one."
-    beside = (p for file in files for p in _captions_beside(file))
-    return [p for p in beside if p.suffix.lower() != ".json" or _caption_in(p)]
-
-
 def _from_beside(files: list[Path],
                  all_of_them: bool = True  # whether each must have one, if one has
                  ) -> list[tuple]:  # (where, position of a file, its caption)

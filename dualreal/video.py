@@ -597,11 +597,13 @@ def _folder_frames(path: Path,  # a folder of images
 # %% ../nbs/12_video.ipynb
 def _moves(path: Path) -> bool:
     "Whether a file is a GIF or another picture that moves, whatever its name says."
-    if path.suffix.lower() in IMAGE_SUFFIXES and path.suffix.lower() not in (".webp", ".png", ".avif"): return False
     try:
-        with Image.open(path) as image:
-            return image.format in _MOVING and (image.format == "GIF" or image.n_frames > 1)
-    except Exception: return False  # no picture; whoever reads it as something else says what is wrong
+        with open(path, "rb") as file: start = file.read(32)
+        avif = start[4:8] == b"ftyp" and b"avi" in start[8:]
+        if not avif and start[:4] not in (b"GIF8", b"\x89PNG") and start[8:12] != b"WEBP": return False
+        if start[:4] == b"GIF8": return True
+        with Image.open(path) as image: return image.n_frames > 1
+    except (OSError, Image.DecompressionBombError): return False  # whoever reads it says what is wrong
 
 
 def _durations(path: Path  # a file of pictures
