@@ -20,7 +20,8 @@ from dualreal.core import InputError
 av = pytest.importorskip("av")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PIXELS = json.loads((Path(__file__).parent / "goldens/pixels.json").read_text())
-COLOURS = np.array([(40, 40, 40), (230, 230, 230), (200, 60, 50), (60, 170, 80), (60, 80, 200), (210, 190, 60)])
+COLOURS = np.array([(40, 40, 40), (230, 230, 230), (200, 60, 50), (60, 170, 80), (60, 80, 200),
+                    (210, 190, 60)])
 PERSON = "a person is waving"
 
 
@@ -34,11 +35,13 @@ def patches(count=9, high=64, wide=96):
 def middles(frames):
     "Mean colours of the six patches, (F, 6, 3)."
     count, high, wide = frames.shape[:3]
-    inner = frames.reshape(count, 2, high // 2, 3, wide // 3, 3)[:, :, high // 8:-high // 8, :, wide // 12:-wide // 12]
+    inner = frames.reshape(count, 2, high // 2, 3, wide // 3, 3)[:, :, high // 8:-high // 8, :,
+                                                                 wide // 12:-wide // 12]
     return inner.mean((2, 4)).reshape(count, 6, 3)
 
 
-def write(path, frames, codec="libx264", pixels="yuv420p", rate=24, times=None, form=None, turn=None, aspect=None,
+def write(path, frames, codec="libx264", pixels="yuv420p", rate=24, times=None, form=None, turn=None,
+          aspect=None,
           options=None, muxer=None, given="rgb24", **tags):
     "A clip with everything that a camera may write."
     same = dict(threads="1", mbtree="0") if codec == "libx264" else {}  # the same bytes every time, see `write_video`
@@ -88,8 +91,10 @@ def trim(path):
     return trimmed(whole, path, 8)
 
 
-CLIPS = {"av1.mp4": (av1, patches()), "live.webm": (live, patches()), "alt.webm": (vp8, patches(30)), "a.ts": (ts, patches()),
-         "frag.mp4": (fragmented, patches()), "really_gif.mp4": (lying_gif, patches()), "really_mp4.gif": (lying_mp4, patches()),
+CLIPS = {"av1.mp4": (av1, patches()), "live.webm": (live, patches()), "alt.webm": (vp8, patches(30)),
+         "a.ts": (ts, patches()),
+         "frag.mp4": (fragmented, patches()), "really_gif.mp4": (lying_gif, patches()),
+         "really_mp4.gif": (lying_mp4, patches()),
          "trim.mp4": (trim, patches(20)[8:])}
 
 
@@ -99,7 +104,8 @@ def test_a_clip_is_read_as_a_player_shows_it(tmp_path, name):
     make, frames = CLIPS[name]
     path = make(tmp_path / name)
     read, fps = video.read_video(path)
-    assert len(read) == len(frames) == video.clip_facts(path).frames == sum(map(len, video.stream_video(path, 4)))
+    assert len(read) == len(frames) == video.clip_facts(path).frames == sum(map(len,
+                                                                                video.stream_video(path, 4)))
     assert np.abs(middles(read) - middles(frames)).mean() < 4
     assert fps == pytest.approx(100 / 4 if name == "really_gif.mp4" else 8 if name == "really_mp4.gif" else 24, rel=.02) or "gif" in name
     assert (data.read_item(data.Item(path, "video", PERSON), 64, 96, 9) == read[:9]).all()
@@ -130,12 +136,14 @@ def test_a_varying_rate_is_thinned_by_times(tmp_path):
         assert video.pick_frames(facts, 99, fps) == nearest
     assert video.pick_frames(facts, 99) == list(range(13))
     item = data.Item(path, "video", PERSON)
-    assert (data.source_frames(item, 9, 8)[0] == video.read_video(path)[0][video.pick_frames(facts, 9, 8)]).all()
+    assert (data.source_frames(item, 9, 8)[0] == video.read_video(path)[0][video.pick_frames(facts, 9,
+                                                                                             8)]).all()
     assert any("frame rate varies" in note for note in facts.notes)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
-@pytest.mark.parametrize("degrees, flips", [(90, ()), (180, ()), (-90, ()), (0, (True, False)), (90, (True, False))])
+@pytest.mark.parametrize("degrees, flips", [(90, ()), (180, ()), (-90, ()), (0, (True, False)),
+                                            (90, (True, False))])
 def test_turned_clips_stand_upright(tmp_path, suffix, degrees, flips):
     if not hasattr(av.video.stream.VideoStream, "set_display_rotation"): pytest.skip("this PyAV writes no display matrix")
     read = video.read_video(write(tmp_path / f"a{suffix}", patches(3), turn=(degrees, *flips)))[0]
@@ -146,7 +154,8 @@ def test_turned_clips_stand_upright(tmp_path, suffix, degrees, flips):
     assert video.clip_facts(tmp_path / f"a{suffix}")[8:10] == read.shape[1:3]
 
 
-@pytest.mark.parametrize("aspect, size", [("4/3", (64, 128)), ("2", (64, 192)), ("1/2", (128, 96)), ("1", (64, 96))])
+@pytest.mark.parametrize("aspect, size", [("4/3", (64, 128)), ("2", (64, 192)), ("1/2", (128, 96)),
+                                          ("1", (64, 96))])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_pixels_become_square(tmp_path, aspect, size, suffix):
     path = write(tmp_path / f"a{suffix}", patches(), aspect=aspect)
@@ -173,7 +182,8 @@ def signal(path, rgb, matrix, **tags):
     codes = ycc(np.asarray(rgb, float), matrix).T  # (3, patches)
     y, cb, cr = (plane.repeat(side).reshape(1, -1).repeat(side, 0) for plane, side in zip(codes, (16, 8, 8)))
     frame = np.concatenate([y.ravel(), cb.ravel(), cr.ravel()]).reshape(-1, y.shape[1])
-    write(path, [(frame, y.shape)] * 5, pixels="yuv420p10le", options=dict(qp="0"), given="yuv420p10le", colorspace=matrix, **tags)
+    write(path, [(frame, y.shape)] * 5, pixels="yuv420p10le", options=dict(qp="0"), given="yuv420p10le",
+          colorspace=matrix, **tags)
     shown = video.read_video(path)[0]
     return shown[2, 8, 8::16].astype(float)
 
@@ -185,7 +195,8 @@ def to_709(linear, primaries):
     return linear @ np.array(known[primaries]).T
 
 
-WIDE = np.array([(.2, .2, .2), (.8, .8, .8), (.6, .3, .25), (.3, .6, .35), (.3, .35, .6), (.7, .6, .3), (0, 0, 0), (1, 1, 1)])
+WIDE = np.array([(.2, .2, .2), (.8, .8, .8), (.6, .3, .25), (.3, .6, .35), (.3, .35, .6), (.7, .6, .3),
+                 (0, 0, 0), (1, 1, 1)])
 
 
 @pytest.mark.parametrize("primaries, matrix, transfer", [(9, 9, 1), (9, 9, 14), (12, 1, 1), (12, 1, 13)])
@@ -194,7 +205,8 @@ def test_wide_gamut_becomes_bt709(tmp_path, primaries, matrix, transfer):
     srgb = transfer == 13
     light = np.where(WIDE <= .04045, WIDE / 12.92, ((WIDE + .055) / 1.055) ** 2.4) if srgb else WIDE ** 2.4
     light = np.clip(to_709(light, primaries), 0, 1)
-    back = np.where(light <= .0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - .055) if srgb else light ** (1 / 2.4)
+    back = np.where(light <= .0031308, 12.92 * light,
+                    1.055 * light ** (1 / 2.4) - .055) if srgb else light ** (1 / 2.4)
     assert np.abs(shown - 255 * back).mean() < 2
     assert video.clip_facts(tmp_path / "a.mp4").colours == {9: "BT.2020", 12: "P3"}[primaries]
 
@@ -218,7 +230,8 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, light, white):
     tags = dict(color_primaries=9, color_trc=transfer)
     shown = signal(tmp_path / "a.mp4", np.concatenate([ramp, [[white] * 3], dim]), 9, **tags)
     greys, colours = shown[:33], shown[34:]
-    assert np.ptp(shown[:34], axis=1).max() <= 2 and (np.diff(greys[:, 1]) >= -1).all() and greys[0].max() <= 1 and greys[-1].min() > 250
+    assert np.ptp(shown[:34], axis=1).max() <= 2 and (np.diff(greys[:,
+                                                                    1]) >= -1).all() and greys[0].max() <= 1 and greys[-1].min() > 250
     assert 235 <= shown[33].min() <= shown[33].max() <= 255
     linear = np.clip(to_709(light(dim) / 203, 9), 0, None)
     assert linear.max() < .75
@@ -227,9 +240,12 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, light, white):
     assert facts.colours == {18: "HLG", 16: "PQ"}[transfer] and "tone-mapped" in facts.notes[0] and facts.reader == "PyAV"
 
 
-ORDINARY = {"a.mp4": {}, "hd.mp4": dict(colorspace=1, color_primaries=1, color_trc=1), "sd.mp4": dict(colorspace=6, color_primaries=6, color_trc=6),
-            "full.mp4": dict(color_range=2, pixels="yuvj420p"), "a.avi": dict(codec="mpeg4"), "a.webm": dict(codec="libvpx-vp9"),
-            "b.webm": dict(codec="libvpx"), "fine.mkv": dict(pixels="yuv444p"), "c.avi": dict(codec="mjpeg", pixels="yuvj422p")}
+ORDINARY = {"a.mp4": {}, "hd.mp4": dict(colorspace=1, color_primaries=1, color_trc=1),
+            "sd.mp4": dict(colorspace=6, color_primaries=6, color_trc=6),
+            "full.mp4": dict(color_range=2, pixels="yuvj420p"), "a.avi": dict(codec="mpeg4"),
+            "a.webm": dict(codec="libvpx-vp9"),
+            "b.webm": dict(codec="libvpx"), "fine.mkv": dict(pixels="yuv444p"),
+            "c.avi": dict(codec="mjpeg", pixels="yuvj422p")}
 
 
 @pytest.mark.parametrize("name", ORDINARY)
@@ -240,13 +256,17 @@ def test_ordinary_clips_keep_their_pixels(tmp_path, name):
     assert video.clip_facts(path).reader == "decord" and not video.clip_facts(path).notes
     reader = decord.VideoReader(str(path))
     before = np.stack([video._compact(reader[i].asnumpy()) for i in range(len(reader))])
-    assert (video.read_video(path)[0] == before).all() and (video.read_video(path, backend="pyav")[0] == before).all()
+    assert (video.read_video(path)[0] == before).all() and (video.read_video(path,
+                                                                             backend="pyav")[0] == before).all()
     assert (video.read_frames(path, [0, 3, 3, 7]) == before[[0, 3, 3, 7]]).all()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real clips (../shared/real) are not here")
 @pytest.mark.skipif(not video.decoder().startswith("decord"), reason="decord has no wheel here")
-@pytest.mark.parametrize("name", [*itertools.islice(PIXELS, 4), *[pytest.param(n, marks=pytest.mark.slow) for n in itertools.islice(PIXELS, 4, None)]])
+@pytest.mark.parametrize("name", [*itertools.islice(PIXELS, 4),
+                                  *[pytest.param(n, marks=pytest.mark.slow) for n in itertools.islice(PIXELS,
+                                                                                                      4,
+                                                                                                      None)]])
 def test_real_clips_keep_their_pixels(name):
     "As they were read before files had facts (recorded in goldens/pixels.json)."
     import hashlib
@@ -273,7 +293,8 @@ def test_check_tells_cuts_combs_and_rates(tmp_path):
     (tmp_path / "clips/cut.mp4").unlink()
     said = doctor.format_report(doctor.check_case(case_of(tmp_path, path), 64, 96, 9))
     assert "interlaced" in said
-    facts = doctor.check_case(data.load_case(tmp_path, tmp_path / "clips", "dog *", PERSON), 64, 96, 9)["motion"][0]["facts"]
+    facts = doctor.check_case(data.load_case(tmp_path, tmp_path / "clips", "dog *", PERSON), 64, 96,
+                              9)["motion"][0]["facts"]
     assert facts["interlaced"] and facts["reader"] == "PyAV" and json.loads(json.dumps(facts)) == facts
 
 
@@ -332,12 +353,14 @@ def p3_profile():
     return bytes(data_)
 
 
-@pytest.mark.parametrize("suffix, how", [(".png", {}), (".jpg", dict(quality=100, subsampling=0)), (".webp", dict(lossless=True)), (".tif", {})])
+@pytest.mark.parametrize("suffix, how", [(".png", {}), (".jpg", dict(quality=100, subsampling=0)),
+                                         (".webp", dict(lossless=True)), (".tif", {})])
 def test_profiles_are_converted(tmp_path, suffix, how):
     pixels = (255 * WIDE).round().astype(np.uint8).repeat(8, 0)[None].repeat(16, 0)
     path = profiled(Image.fromarray(pixels), p3_profile(), tmp_path / f"a{suffix}", **how)
     signal = (255 * WIDE).round() / 255
-    light = np.clip(to_709(np.where(signal <= .04045, signal / 12.92, ((signal + .055) / 1.055) ** 2.4), 12), 0, 1)
+    light = np.clip(to_709(np.where(signal <= .04045, signal / 12.92, ((signal + .055) / 1.055) ** 2.4), 12),
+                    0, 1)
     wanted = 255 * np.where(light <= .0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - .055)
     assert np.abs(video.read_image(path)[8, 4::8] - wanted).mean() < 2
     assert video.image_facts(path).notes == ()
@@ -352,7 +375,8 @@ def test_profiles_that_change_nothing_or_are_broken(tmp_path):
     assert video.image_facts(broken).notes == ("its colour profile is broken: left aside",)
     write(tmp_path / "a.mp4", patches(9))
     case_of(tmp_path, tmp_path / "a.mp4")
-    said = doctor.format_report(doctor.check_case(data.load_case(tmp_path, tmp_path / "clips", "dog *", PERSON), 64, 96, 9))
+    said = doctor.format_report(doctor.check_case(data.load_case(tmp_path, tmp_path / "clips", "dog *",
+                                                                 PERSON), 64, 96, 9))
     assert "Its colour profile is broken" in said
     glass = Image.fromarray(patches(1)[0]).convert("RGBA")
     glass.putalpha(Image.new("L", glass.size, 0))
@@ -366,9 +390,12 @@ def other(mode):
 
 
 @pytest.mark.parametrize("name, mode, how", [
-    ("a.jpg", "CMYK", {}), ("a.tif", "CMYK", {}), ("a.png", "P", {}), ("a.png", "RGBA", {}), ("a.jfif", "RGB", dict(format="JPEG")),
-    ("a.avif", "RGB", dict(quality=95)), ("lies.heic", "RGB", dict(format="PNG")), ("lies.jpg", "RGB", dict(format="PNG")),
-    ("a.mpo", "RGB", dict(format="MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))])), ("a.png", "1;16", {})])
+    ("a.jpg", "CMYK", {}), ("a.tif", "CMYK", {}), ("a.png", "P", {}), ("a.png", "RGBA", {}),
+    ("a.jfif", "RGB", dict(format="JPEG")),
+    ("a.avif", "RGB", dict(quality=95)), ("lies.heic", "RGB", dict(format="PNG")),
+    ("lies.jpg", "RGB", dict(format="PNG")),
+    ("a.mpo", "RGB", dict(format="MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))])),
+    ("a.png", "1;16", {})])
 def test_photos_as_people_have_them(tmp_path, name, mode, how):
     frame = patches(1)[0]
     if mode == "1;16":
@@ -409,12 +436,14 @@ def test_what_takes_too_much_memory(tmp_path):
     with pytest.raises(InputError, match=r"40000x30000 pixels: .*4.5 GiB.*decompression bomb.*smaller copy"):
         video.read_image(header(tmp_path / "a.png", 40000, 30000))
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(InputError, match="cannot be read"): video.read_image(header(tmp_path / "b.png", 16000, 12500))  # cut off, no bomb
+    with pytest.raises(InputError, match="cannot be read"): video.read_image(header(tmp_path / "b.png", 16000,
+                                                                                    12500))  # cut off, no bomb
     assert Image.MAX_IMAGE_PIXELS == before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, size", [("a.jpg", (16320, 12240)), ("b.png", (12000, 9000)), ("c.jpg", (12000, 9000))])
+@pytest.mark.parametrize("name, size", [("a.jpg", (16320, 12240)), ("b.png", (12000, 9000)),
+                                        ("c.jpg", (12000, 9000))])
 def test_very_large_photos(tmp_path, name, size):
     image = Image.fromarray(patches(1)[0]).resize(size, Image.Resampling.NEAREST)
     image.save(tmp_path / name, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
@@ -446,11 +475,13 @@ LAYOUTS = {
     ".jpg.txt beside": (lambda f: each(f, ".jpg.txt"), ".jpg.txt beside each file"),
     "json caption": (lambda f: each(f, ".json", '{"caption": "a dog *"}'), ".json beside each file"),
     "json prompt": (lambda f: each(f, ".json", '{"prompt": "a dog *", "seed": 3}'), ".json beside each file"),
-    "jsonl": (lambda f: (f / "metadata.jsonl").write_text("\n".join(json.dumps(dict(file_name=f"IMG {i}.jpg", text="a dog *")) for i in range(3))), "metadata.jsonl"),
+    "jsonl": (lambda f: (f / "metadata.jsonl").write_text("\n".join(json.dumps(dict(file_name=f"IMG {i}.jpg",
+                                                                                    text="a dog *")) for i in range(3))), "metadata.jsonl"),
     "csv": (lambda f: (f / "metadata.csv").write_text("file_name,text\n" + "".join(f"IMG {i}.jpg,a dog *\n" for i in range(3))), "metadata.csv"),
     "csv of others": (lambda f: (f / "metadata.csv").write_text("image,prompt\n" + "".join(f".\\IMG {i}.jpg,a dog *\n" for i in range(3))), "metadata.csv"),
     "prompt.txt": (lambda f: (f / "prompt.txt").write_text("a dog *\n" * 3), "prompt.txt"),
-    "two that agree": (lambda f: (each(f, ".txt"), each(f, ".json", '{"text": "a dog *"}')), ".json beside each file, .txt beside each file"),
+    "two that agree": (lambda f: (each(f, ".txt"), each(f, ".json", '{"text": "a dog *"}')),
+                       ".json beside each file, .txt beside each file"),
 }
 
 
@@ -464,7 +495,8 @@ def test_layouts_of_captions(tmp_path, name):
     case = data.load_case(tmp_path / "photos", tmp_path / "clips", None, PERSON)
     assert {item.prompt for item in case.identity} == {"a dog *"} and case.notes == []
     assert sorted(case.layouts["identity"].split(", ")) == sorted(said.split(", ")) and case.layouts["motion"] == "--motion-prompt"
-    if name == "csv": assert "captions: metadata.csv" in doctor.format_report(doctor.check_case(case, 64, 96, 9))
+    if name == "csv": assert "captions: metadata.csv" in doctor.format_report(doctor.check_case(case, 64, 96,
+                                                                                                9))
 
 
 def test_kohya_and_finetrainers(tmp_path):
@@ -493,13 +525,15 @@ def test_captions_that_contradict_or_are_unknown(tmp_path):
     with pytest.raises(InputError, match=r"IMG 1.jpg is .*a .* in .*IMG 1\.(caption|txt), but .* in .*IMG 1\.(caption|txt)"): data._captions(folder, data.identity_files(folder)[0], "identity")
     (folder / "IMG 1.txt").unlink()
     (folder / "metadata.jsonl").write_text(json.dumps(dict(file_name="IMG 0.jpg", text="cat *")))
-    with pytest.raises(InputError, match="metadata.jsonl has no caption for IMG 1"): data._captions(folder, data.identity_files(folder)[0], "identity")
+    with pytest.raises(InputError, match="metadata.jsonl has no caption for IMG 1"): data._captions(folder,
+                                                                                                    data.identity_files(folder)[0], "identity")
     for file in [*folder.glob("*.caption"), *folder.glob("*.jsonl")]: file.unlink()
     (folder / "captions.yaml").write_text("IMG 0: dog")
     (folder / "IMG 0.json").write_text('{"tags": ["dog"]}')
     files, notes = data.identity_files(folder)
     assert "IMG 0.json, captions.yaml" in notes[0]
-    with pytest.raises(InputError, match=r"captions.yaml: no layout"): data._captions(folder, files, "identity")
+    with pytest.raises(InputError, match=r"captions.yaml: no layout"): data._captions(folder, files,
+                                                                                      "identity")
 
 
 def test_train_names_what_is_not_used(tmp_path, capsys):
@@ -508,7 +542,8 @@ def test_train_names_what_is_not_used(tmp_path, capsys):
     (folder / "receipt.pdf").touch()
     (tmp_path / "clips").mkdir()
     for i in range(3): write(tmp_path / f"clips/{i}.mp4", patches(5))
-    config = settings.TrainConfig(identity=str(folder), motion=str(tmp_path / "clips"), out=str(tmp_path / "out"), identity_prompt="dog *", motion_prompt=PERSON)
+    config = settings.TrainConfig(identity=str(folder), motion=str(tmp_path / "clips"),
+                                  out=str(tmp_path / "out"), identity_prompt="dog *", motion_prompt=PERSON)
     cli._warn(config)
     assert "not used: receipt.pdf" in capsys.readouterr().out
 
@@ -524,11 +559,14 @@ def test_old_entries_are_left_alone(tmp_path):
     from dualreal.evaluate import _VERSION, _Kept
     from dualreal.store import Store, fingerprint
     path, store = write(tmp_path / "a.mp4", patches(5)), Store(tmp_path / "cache")
-    item, config = data.Item(path, "video", PERSON), SimpleNamespace(height=64, width=96, frames=5, fps=None, fit="crop")
+    item, config = data.Item(path, "video", PERSON), SimpleNamespace(height=64, width=96, frames=5, fps=None,
+                                                                     fit="crop")
     work = object.__new__(_Work)
     work.config, work.cache, work.seen = config, store, ["vae", "none"]
     work.visual = lambda item: dict(mean=torch.ones(1), std=torch.ones(1))
-    old = [fingerprint(name, "video", 64, 96, 5, None, "crop", "vae", "none", path) for name in ("visual 3", "visual 4", "visual 5")]
+    old = [fingerprint(name, "video", 64, 96, 5, None, "crop", "vae", "none", path) for name in ("visual 3",
+                                                                                                 "visual 4",
+                                                                                                 "visual 5")]
     for key in old: store.tensors(key, lambda: dict(mean=torch.zeros(1), std=torch.zeros(1)))
     before = {p: p.read_bytes() for p in (tmp_path / "cache").rglob("*.safetensors")}
     assert float(work.encode(item, torch.zeros(1)).mean) == 1
@@ -543,13 +581,20 @@ def test_old_entries_are_left_alone(tmp_path):
 # Any combination that PyAV can write here
 
 KINDS = [(suffix, codec, pixels) for codec, suffixes, layouts in (
-    ("libx264", (".mp4", ".mov", ".mkv", ".avi", ".ts", ".3gp"), ("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "nv12")),
-    ("libvpx-vp9", (".webm", ".mkv", ".mp4"), ("yuv420p", "yuv444p", "gbrp", "yuv420p10le")), ("libvpx", (".webm", ".mkv"), ("yuv420p",)),
-    ("mpeg4", (".avi", ".mp4", ".mkv"), ("yuv420p",)), ("mjpeg", (".avi", ".mov", ".mkv"), ("yuvj420p", "yuvj422p", "yuvj444p")),
-    ("mpeg2video", (".mpg", ".ts", ".mkv"), ("yuv420p", "yuv422p")), ("ffv1", (".mkv", ".avi"), ("yuv420p", "yuv444p16le", "gbrp10le", "bgr0", "rgb48le")),
-    ("prores_ks", (".mov",), ("yuv422p10le", "yuv444p10le")), ("png", (".mov", ".mkv"), ("rgb24", "rgba")), ("qtrle", (".mov",), ("rgb24",)),
-    ("huffyuv", (".avi", ".mkv"), ("yuv422p", "rgb24")), ("utvideo", (".avi",), ("yuv420p", "gbrp")), ("wmv2", (".wmv",), ("yuv420p",)), ("flv", (".flv",), ("yuv420p",)),
-    ("libsvtav1", (".mp4", ".webm", ".mkv"), ("yuv420p", "yuv420p10le"))) for suffix in suffixes for pixels in layouts]
+    ("libx264", (".mp4", ".mov", ".mkv", ".avi", ".ts", ".3gp"),
+     ("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "nv12")),
+    ("libvpx-vp9", (".webm", ".mkv", ".mp4"), ("yuv420p", "yuv444p", "gbrp", "yuv420p10le")),
+    ("libvpx", (".webm", ".mkv"), ("yuv420p",)),
+    ("mpeg4", (".avi", ".mp4", ".mkv"), ("yuv420p",)),
+    ("mjpeg", (".avi", ".mov", ".mkv"), ("yuvj420p", "yuvj422p", "yuvj444p")),
+    ("mpeg2video", (".mpg", ".ts", ".mkv"), ("yuv420p", "yuv422p")),
+    ("ffv1", (".mkv", ".avi"), ("yuv420p", "yuv444p16le", "gbrp10le", "bgr0", "rgb48le")),
+    ("prores_ks", (".mov",), ("yuv422p10le", "yuv444p10le")), ("png", (".mov", ".mkv"), ("rgb24", "rgba")),
+    ("qtrle", (".mov",), ("rgb24",)),
+    ("huffyuv", (".avi", ".mkv"), ("yuv422p", "rgb24")), ("utvideo", (".avi",), ("yuv420p", "gbrp")),
+    ("wmv2", (".wmv",), ("yuv420p",)), ("flv", (".flv",), ("yuv420p",)),
+    ("libsvtav1", (".mp4", ".webm", ".mkv"), ("yuv420p",
+                                              "yuv420p10le"))) for suffix in suffixes for pixels in layouts]
 TURNS = (None, (90,), (180,), (-90,), (0, True), (90, True))
 RATES = (8, 24, Fraction(30000, 1001), 60)
 REFUSED: set = set()  # of KINDS: what is written here and cannot be read
@@ -563,7 +608,8 @@ def combinations(count, seed):
 
 def combination(tmp_path, kind, turn, rate):
     suffix, codec, pixels = kind
-    turn = turn if suffix in (".mp4", ".mov", ".mkv") and hasattr(av.video.stream.VideoStream, "set_display_rotation") else None
+    turn = turn if suffix in (".mp4", ".mov", ".mkv") and hasattr(av.video.stream.VideoStream,
+                                                                  "set_display_rotation") else None
     options = {"mpeg4": dict(qscale="2"), "libsvtav1": dict(preset="12", crf="10")}.get(codec, {})
     frames, path = patches(9, 96, 144), tmp_path / f"a{suffix}"
     try: write(path, frames, codec, pixels, rate, turn=turn, options=options)
