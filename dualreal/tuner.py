@@ -64,15 +64,14 @@ def _check_values(config):
 class _DualRealLayer(nn.Module, BaseTunerLayer):
     "Stands beside a stock module, as its child `dualreal`; follows it by hooks."
     other_param_names, weight, bias = ("scaling",), None, None # PEFT would ask the stock module for these two
+    called = "dualreal" # as a child of the stock module
 
     def __init__(self, module):
         super().__init__()
         self.stock, self.scaling, self.handles = [module], {}, []
         self.cast_input_dtype_enabled = True # diffusers' fp8 casting turns it off for a while
         self.scaled = None # the factor that `scale_layer` has set and nobody has taken back
-        module.dualreal = self
-        others = [name for name in module._modules if name != "dualreal"]
-        for name in others: module._modules[name] = module._modules.pop(name) # before them: see `merge`
+        setattr(module, self.called, self)
 
     def forward(self, x): return x # a stock module that calls its children in a row passes by
 
@@ -125,7 +124,7 @@ def _get_base_layer(self:_DualRealLayer): "What takes the layer's place when it 
 
 def _delete_adapter(self:_DualRealLayer, adapter_name):
     BaseTunerLayer.delete_adapter(self, adapter_name)
-    if not self.scaling: self.base_layer.dualreal = None
+    if not self.scaling: setattr(self.base_layer, self.called, None)
 
 _DualRealLayer.__del__, _DualRealLayer.get_base_layer = _end, _get_base_layer
 _DualRealLayer.delete_adapter = _delete_adapter
@@ -142,6 +141,19 @@ def _merge(self:_DualRealLayer, safe_merge=False, adapter_names=None):
 def _unmerge(self:_DualRealLayer): "Nothing of ours was fused."
 
 _DualRealLayer.merge, _DualRealLayer.unmerge = _merge, _unmerge
+
+class _First(_DualRealLayer):
+    "Holds nothing; asked before whatever a LoRA has adapted in the patch embedding."
+    called, adapter_layer_names = "dualreal_first", ("dualreal_nothing",)
+
+    def __init__(self, module, scaling): # scaling: of the conductor
+        super().__init__(module)
+        self.scaling, self.dualreal_nothing = scaling, nn.ModuleDict()
+        others = [name for name in module._modules if name != self.called]
+        for name in others: module._modules[name] = module._modules.pop(name)
+
+    def scale_layer(self, scale): "The conductor is."
+    def unscale_layer(self, scale=None): "The conductor is."
 
 # %% ../nbs/04_tuner.ipynb
 class Recalled:
@@ -168,6 +180,7 @@ class _Conductor(_DualRealLayer):
         time, last = getattr(transformer, family.time), getattr(transformer, family.blocks)[-1]
         self.dualreal_controller = nn.ModuleDict()
         self.configs, self.last, self.reference, self.dial = {}, {}, None, 0.
+        _First(tokens, self.scaling)
         self.acting = tuple(map(str, Dimension))
         self.whole, self.family, self.checkpoint = [transformer], family, None
         self.blend = self.time = self.tokens = None

@@ -347,3 +347,13 @@ def test_compiled_before_and_after(base, loras, expected, regional):
     assert_close(out(pipe, ["style", "subject"]), expected["style", "subject"], **near)
     pipe.unload_lora_weights()
     assert_close(out(pipe), expected[()], **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_precision_is_the_models(base, dtype):
+    "Pipelines ask a model's first weight for its precision; ours, in float32 while they learn, are not first."
+    transformer = CogVideoXPipeline.from_pretrained(base, dtype=dtype).transformer
+    transformer.add_adapter(DualRealConfig(rank=2, groups=2, condition_dim=None))
+    for name, p in transformer.named_parameters():
+        if "dualreal" in name: p.data = p.data.float()
+    assert transformer.dtype == dtype
