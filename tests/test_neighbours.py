@@ -351,7 +351,7 @@ def test_compiled_before_and_after(base, loras, expected, regional):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_precision_is_the_models(base, dtype):
-    "Pipelines ask a model's first weight for its precision; ours, in float32 while they learn, are not first."
+    "A pipeline asks for the precision of the first weight: ours, float32 while they learn, come later."
     transformer = CogVideoXPipeline.from_pretrained(base, dtype=dtype).transformer
     transformer.add_adapter(DualRealConfig(rank=2, groups=2, condition_dim=None))
     for name, p in transformer.named_parameters():
