@@ -107,7 +107,7 @@ def _listed(root: Path  # a folder that may hold videos.txt
 
 # %% ../nbs/13_data.ipynb
 _SAID = ("caption", "text", "prompt")  # what others call a caption
-_CLIPS, _CAPTIONS = "videos.txt", ("prompts.txt", "prompt.txt")  # of a folder: one clip, or one caption, a line
+_CLIPS, _CAPTIONS = "videos.txt", ("prompts.txt", "prompt.txt")  # one clip, or one caption, a line
 _TABLES = ("metadata.jsonl", "metadata.csv")  # of a folder: files and their captions
 _BESIDE = (".txt", ".caption", ".json")  # of a file that holds another one's caption
 
@@ -265,7 +265,8 @@ def _rows(source: Path  # metadata.jsonl or metadata.csv
     rows = []
     for line in lines:
         try: rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error: raise InputError(f"{source}: {line[:60]!r} is no JSON object.") from error
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{source}: {line[:60]!r} is no JSON object.") from error
     return rows
 
 
@@ -276,7 +277,8 @@ def _from_table(source: Path,  # metadata.jsonl or metadata.csv
     for row in _rows(source):
         name, caption = _value(row, _NAMED), _value(row, _SAID)
         if not name or not caption:
-            raise InputError(f"{source}: a row without a file ({_NAMED[0]}) or a caption ({', '.join(_SAID)}).")
+            known = f"a file ({_NAMED[0]}) or a caption ({', '.join(_SAID)})"
+            raise InputError(f"{source}: a row without {known}.")
         lines.append(f"{name}\t{' '.join(caption.split())}")
     return _by_name(source, lines, files)
 
@@ -301,8 +303,8 @@ def _sources(root: Path,  # the folder the user named
              files: list[Path]) -> list[tuple]:  # (where, position of a file, its caption)
     "Every caption that some layout gives."
     homes = dict.fromkeys((root, files[0].parent)) if files[0] != root else ()
-    lists = [(home / name, read) for home in homes for names, read in ((_CAPTIONS, _from_list), (_TABLES, _from_table))
-             for name in names if (home / name).is_file()]
+    known = dict.fromkeys(_CAPTIONS, _from_list) | dict.fromkeys(_TABLES, _from_table)
+    lists = [(home / name, read) for home in homes for name, read in known.items() if (home / name).is_file()]
     found = [(source, i, text) for source, read in lists for i, text in enumerate(read(source, files))]
     return found + _from_beside(files, all_of_them=not lists)
 
@@ -315,7 +317,8 @@ def _agreed(files: list[Path],
     for source, i, text in found:
         other, before = said.setdefault(i, (source, text))
         if " ".join(before.split()) != " ".join(text.split()):
-            raise InputError(f"{files[i].name} is {before!r} in {other}, but {text!r} in {source}: keep one of them.")
+            both = f"{before!r} in {other}, but {text!r} in {source}"
+            raise InputError(f"{files[i].name} is {both}: keep one of them.")
     return [said[i][1] for i in range(len(files))]
 
 
@@ -330,7 +333,8 @@ def _layout(found: list[tuple]) -> str:
 
 def _strays(folder: Path) -> str:
     "Files that look like captions, and that no layout takes."
-    looks = (".txt", ".text", ".caption", ".cap", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".parquet")
+    looks = (".txt", ".text", ".caption", ".cap", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml",
+             ".parquet")
     names = [p.name for p in _listing(folder) if p.suffix.lower() in looks and p.name != _CLIPS]
     return f" ({', '.join(names[:4])}: no layout of captions that is known)" if names else ""
 
@@ -494,7 +498,7 @@ def source_frames(item: Item,
     picks = video.pick_frames(facts, max(max_frames, MIN_CLIP), fps)
     used = _used(item, facts, len(picks), max_frames, fps)
     frames = video.read_frames(item.path, picks[:used], each)
-    if len(frames) < used: used = _used(item, facts, len(frames), max_frames, fps)  # fewer than its packets say
+    if len(frames) < used: used = _used(item, facts, len(frames), max_frames, fps)  # its packets said more
     return frames[:used], facts.fps
 
 
@@ -502,7 +506,8 @@ def _used(item: Item, facts, count: int,  # frames there are
           max_frames: int, fps: float | None) -> int:  # frames that are used
     "How many frames a base takes; `InputError` if they are too few to show motion."
     if count < MIN_CLIP:
-        has = f"{count} frame{'s' * (count > 1)}" + (f" at {fps:g} a second" if fps and fps < facts.fps else "")
+        rate = f" at {fps:g} a second" if fps and fps < facts.fps else ""
+        has = f"{count} frame{'s' * (count > 1)}{rate}"
         raise InputError(f"{item.path} has {has}: a motion clip needs at least {MIN_CLIP} to show motion.")
     return video.usable_frames(count, max_frames)
 

@@ -33,7 +33,8 @@ def _measure(item: Item,
     photo = item.kind == "image" and is_photo(item.path)
     facts = video.image_facts(item.path) if photo else video.clip_facts(item.path)
     there = max(facts.frames, len(frames))
-    size = dict(height=facts.height, width=facts.width, fps=fps and round(fps, 3), frames=there, used=len(frames))
+    size = dict(height=facts.height, width=facts.width, fps=fps and round(fps, 3), frames=there,
+                used=len(frames))
     return dict(path=str(item.path), prompt=item.prompt, **size, facts=facts.row)
 
 
@@ -87,14 +88,15 @@ def _about_size(row: dict,  # of `_measure`
 
 # %% ../nbs/14_doctor.ipynb
 _FIXES = {"the frame rate": "give --fps, and frames are taken by their times", "it lacks": "take the whole file",
-          "it is interlaced": "deinterlace it", "its colour profile": "save it again with a profile, or without one"}
+          "it is interlaced": "deinterlace it", "its colour profile": "save it again, with a profile or without"}
 
 
 def _about_facts(row: dict, aim: dict) -> list[tuple]:  # level, text, fix
     "What a file says of itself that is worth knowing."
     found = []
     for note in row["facts"]["notes"]:
-        fix = next((fix for start, fix in _FIXES.items() if note.startswith(start)), "nothing, if the sheet looks right")
+        fixes = (fix for start, fix in _FIXES.items() if note.startswith(start))
+        fix = next(fixes, "nothing, if the sheet looks right")
         if aim["fps"] and note.startswith("the frame rate"): fix = "nothing: frames are taken by their times"
         found.append(("note", f"{note[0].upper()}{note[1:]}.", fix))
     return found
@@ -153,7 +155,8 @@ def _about_cuts(item: Item, frames: np.ndarray,  # of `source_frames`
     picks = video.pick_frames(facts, len(frames), aim["fps"])
     times = [f"{video.frame_time(facts, picks[i]):.2f} s" for i in _cuts(frames)]
     text = f"A hard cut at {', '.join(times)}: the frames that are used show more than one scene."
-    return [_finding("warning", text, "cut the clip there, and keep one scene", str(item.path))] if times else []
+    fix = "cut the clip there, and keep one scene"
+    return [_finding("warning", text, fix, str(item.path))] if times else []
 
 # %% ../nbs/14_doctor.ipynb
 def _look(frames: np.ndarray  # uint8 (F, H, W, 3)

@@ -29,10 +29,13 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, ImageSequence, 
 from .core import InputError, atomic_path
 
 # %% ../nbs/12_video.ipynb
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic",
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif",
+                  ".heic",
                   ".heif")  # one picture a file
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".gif", ".webm", ".mkv", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
-                  ".3gp", ".wmv", ".flv", ".apng")  # many pictures a file
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".gif", ".webm", ".mkv", ".m4v", ".mpg", ".mpeg", ".ts", ".mts",
+                  ".m2ts",
+                  ".3gp", ".wmv", ".flv",
+                  ".apng")  # many pictures a file
 _MOVING = ("GIF", "WEBP", "PNG", "AVIF")  # Pillow's names of what may hold pictures that move
 READER = "reader 2"  # part of the keys of caches: what an older reader gave is not used again
 _FPS = 8.0  # where a source names no rate: CogVideoX's own
@@ -71,7 +74,7 @@ def _lattice(mode: str  # "RGB", "L" or "CMYK"
 @lru_cache(32)
 def _profile(data: bytes,  # an ICC profile
              mode: str  # of the pixels: "RGB", "L" or "CMYK"
-             ) -> tuple:  # mode to convert from, the conversion to RGB (None: leave pixels alone), a note or ""
+             ) -> tuple:  # mode to convert from, the conversion (None: there is nothing to do), a note or ""
     "What a colour profile asks for."
     try:
         given = ImageCms.ImageCmsProfile(BytesIO(data))
@@ -132,7 +135,7 @@ def _halvings(size: tuple[int, int]) -> int:  # 1, 2, 4, ...: sides are divided 
 
 @contextmanager
 def _picture(path: Path):  # an image file
-    "An image opened by Pillow, and scaled down if it is very large; `InputError` if it would take too much memory."
+    "An image opened by Pillow, scaled if it is very large; `InputError` if it would take too much memory."
     with _opening:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -148,7 +151,7 @@ def _check_memory(path: Path, size: tuple,  # of the picture
                   decoded: tuple):  # as it will be decoded
     need, there = 4 * decoded[0] * decoded[1], path.stat().st_size
     if need <= _MEMORY: return
-    said = f"{path} has {size[0]}x{size[1]} pixels: they would take {need / 2**30:.1f} GiB of memory, the limit is 1"
+    said = f"{path} has {size[0]}x{size[1]} pixels: they would take {need / 2**30:.1f} GiB, the limit is 1"
     bomb = f"; its {there / 1e6:.3g} MB look like a decompression bomb" if there * 200 < need else ""
     raise InputError(f"{said}{bomb}: save a smaller copy.")
 
@@ -159,7 +162,8 @@ def _small_enough(image: Image.Image) -> Image.Image:
     if less == 1: return image
     upright, info = image.getexif().get(0x0112), image.info
     if image.mode in ("1", "P", "PA") or image.mode[0] in "IF":
-        image = _eight_bit(image) if image.mode[0] in "IF" else image.convert("RGBA" if _see_through(image) else "RGB")
+        plain = "RGBA" if _see_through(image) else "RGB"
+        image = _eight_bit(image) if image.mode[0] in "IF" else image.convert(plain)
     image = image.reduce(less)
     image.info = {k: v for k, v in info.items() if k != "transparency"}
     if upright: image.getexif()[0x0112] = upright
@@ -179,7 +183,8 @@ def _heif() -> bool:  # whether HEIC can be read here
 def _unknown(path: Path) -> str:
     "Why Pillow does not know a file."
     with open(path, "rb") as file: start = file.read(32)
-    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+    if start[4:8] == b"ftyp" and start[8:12] in brands:
         return "it is HEIC, which needs pillow-heif: pip install 'dualreal[heif]', or save it as JPEG"
     return "its content is of no known format"
 
@@ -228,10 +233,12 @@ def _still(path: Path,
     with _reading(path), _picture(path) as image:
         with Image.open(path) as whole: size, frames = whole.size, getattr(whole, "n_frames", 1)
         profile, mode = image.info.get("icc_profile"), image.mode
-        mode = {"P": "RGB", "LA": "L"}.get(mode, "RGB" if mode in _ALPHA else "L" if mode[0] in "IF" else mode)
+        mode = {"P": "RGB", "LA": "L"}.get(mode, "RGB" if mode in _ALPHA else mode)
+        mode = "L" if mode[0] in "IF" else mode
         notes = [_profile(profile, mode)[2]] if profile and mode in _KINDS.values() else []
         less = _halvings(size)
-        if less > 1: notes.append(f"{size[0] * size[1] / 1e6:.0f} megapixels are read at 1/{less} of their width")
+        large = f"{size[0] * size[1] / 1e6:.0f} megapixels are read at 1/{less} of their width"
+        if less > 1: notes.append(large)
         if image.getexif().get(0x0112, 1) > 4: size = size[::-1]
         frames = frames if image.format in _MOVING else 1  # of a TIFF or MPO these are other pictures
         return _Still(size[1], size[0], frames, _see_through(image), tuple(note for note in notes if note))
@@ -271,7 +278,7 @@ class _Facts(NamedTuple):
     aspect: Fraction = Fraction(1)  # width of a stored pixel, in its heights
     interlaced: bool = False
     hidden: int = 0  # stored pictures that an edit list does not show
-    seconds: float = 0.0  # length that the header names; 0: none, as in a recording that was sent while it was made
+    seconds: float = 0.0  # length that the header names; 0: none, as in what was sent while it was recorded
     container: str = ""  # as FFmpeg names it
     codec: str = ""
     reader: str = ""  # "decord", "PyAV", "Pillow" or "images"
@@ -280,7 +287,8 @@ class _Facts(NamedTuple):
     @property
     def colours(self) -> str:
         "What the colours are, if more than a screen of BT.709 shows; else empty."
-        return _HDR.get(self.transfer) or _WIDE.get(self.primaries) or ("BT.2020" if self.matrix in (9, 10) else "")
+        wide = _WIDE.get(self.primaries) or ("BT.2020" if self.matrix in (9, 10) else "")
+        return _HDR.get(self.transfer) or wide
 
     @property
     def notes(self) -> list[str]:
@@ -289,7 +297,7 @@ class _Facts(NamedTuple):
         if self.missing: said.append(f"it lacks {self.missing} frames that its header promises: cut off?")
         how = "tone-mapped" if self.transfer in _HDR else "converted"
         if self.colours: said.append(f"its {self.colours} colours are {how} to BT.709")
-        if self.interlaced: said.append("it is interlaced: two moments in every frame, as combs where things move")
+        if self.interlaced: said.append("it is interlaced: two moments in a frame, combs where things move")
         return said
 
     @property
@@ -302,8 +310,10 @@ class _Facts(NamedTuple):
     @property
     def row(self) -> dict:
         "As JSON takes it."
-        left = self._asdict() | dict(aspect=f"{self.aspect.numerator}:{self.aspect.denominator}", turn=list(self.turn))
-        return {k: v for k, v in left.items() if k != "times"} | dict(colours=self.colours, notes=self.notes)
+        aspect, more = "{}:{}".format(*self.aspect.as_integer_ratio()), dict(colours=self.colours,
+                                                                             notes=self.notes)
+        plain = self._asdict() | dict(aspect=aspect, turn=list(self.turn)) | more
+        return {k: v for k, v in plain.items() if k != "times"}
 
 # %% ../nbs/12_video.ipynb
 def _uneven(times: list[int],  # of the pictures, in ticks
@@ -331,7 +341,8 @@ def pick_frames(facts: _Facts,  # of `clip_facts`
     "The first frames, thinned to `fps` if that is lower than the clip's rate."
     if not (fps and facts.variable):
         step = max(facts.fps / fps, 1.0) if fps else 1.0
-        return np.floor(np.arange(math.ceil(facts.frames / step)) * step + 1e-6).astype(int)[:max_frames].tolist()
+        picks = np.floor(np.arange(math.ceil(facts.frames / step)) * step + 1e-6).astype(int)
+        return picks[:max_frames].tolist()
     times = np.array(facts.times)
     rate = min(fps, 1 / np.median(np.diff(times)))
     wanted = np.arange(min(math.floor(times[-1] * rate + 1e-6) + 1, max_frames)) / rate
@@ -371,7 +382,8 @@ def _rolled(x: np.ndarray,  # light, 1: reference white
     return np.where(x <= knee, x, knee + (1 - knee) * u / (1 + u))
 
 # %% ../nbs/12_video.ipynb
-_PRIMARIES = {1: ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)), 9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+_PRIMARIES = {1: ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)),
+              9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
               12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))}  # x, y of red, green, blue; white is D65
 _PRIMARIES[11] = _PRIMARIES[12]  # cinema's P3, whose white a screen shows as its own
 
@@ -393,9 +405,11 @@ def _to_709(primaries: int) -> np.ndarray:  # (3, 3)
 def _light(transfer: int) -> tuple[np.ndarray, np.ndarray]:  # 65536 numbers of 16 bits -> light; 4097 back
     "Tables from numbers to linear light, and from light, 0..1, to 0..255."
     codes, steps = np.arange(65536) / 65535, np.linspace(0, 1, 65536)
-    if transfer in _HDR: there, back = (_pq(codes) / 203 if transfer == 16 else _hlg(codes)), steps ** (1 / 2.4)
-    elif transfer == 13: there, back = _srgb(codes), np.interp(steps, _srgb(codes), codes)
-    else: gamma = {4: 2.2, 5: 2.8}.get(transfer, 2.4); there, back = codes**gamma, steps ** (1 / gamma)
+    gamma = {4: 2.2, 5: 2.8}.get(transfer, 2.4)
+    there, back = codes**gamma, steps ** (1 / gamma)
+    if transfer == 16: there = _pq(codes) / 203
+    if transfer == 18: there = _hlg(codes)
+    if transfer == 13: there, back = _srgb(codes), np.interp(steps, _srgb(codes), codes)
     return there.astype(np.float32), np.round(255 * back).astype(np.uint8)
 
 # %% ../nbs/12_video.ipynb
@@ -532,7 +546,8 @@ def _promised(path: Path, facts: _Facts, walk: _Walk,
     if walk.stored < 0.9 * frames:
         raise InputError(f"{path} is cut off: {walk.stored} of the promised {frames} frames are there.")
     if facts.seconds - walk.end > max(0.05 * facts.seconds, 2 / facts.fps):
-        raise InputError(f"{path} is cut off: {walk.end:.2f} s of the promised {facts.seconds:.2f} s are there.")
+        there = f"{walk.end:.2f} s of the promised {facts.seconds:.2f} s are there"
+        raise InputError(f"{path} is cut off: {there}.")
     if not walk.whole:
         raise InputError(f"{path} is damaged or cut off: a part of it is incomplete.")
 
@@ -547,10 +562,12 @@ def _seen(container, stream, walk: _Walk) -> _Facts:
     if size == (frame.height, frame.width): aspect = Fraction(1)
     matrix, transfer, primaries = int(frame.colorspace), int(frame.color_trc), int(frame.color_primaries)
     order = getattr(stream.codec_context, "field_order", 0)  # 0 unknown, 1 progressive
-    return _Facts(len(walk.times), **_timing(seconds, _uneven(known), rate), pixels=frame.format.name, matrix=matrix,
+    return _Facts(len(walk.times), **_timing(seconds, _uneven(known), rate), pixels=frame.format.name,
+                  matrix=matrix,
                   missing=max(0, stream.frames - walk.stored), transfer=transfer, primaries=primaries,
                   height=size[0 if turn[0] else 1], width=size[1 if turn[0] else 0], turn=turn, aspect=aspect,
-                  interlaced=bool(frame.interlaced_frame or order > 1), hidden=walk.stored - len(walk.times), seconds=(container.duration or 0) / 1e6,
+                  interlaced=bool(frame.interlaced_frame or order > 1), hidden=walk.stored - len(walk.times),
+                  seconds=(container.duration or 0) / 1e6,
                   container=container.format.name, codec=stream.codec_context.codec.canonical_name)
 
 # %% ../nbs/12_video.ipynb
@@ -617,13 +634,14 @@ def _durations(path: Path  # a file of pictures
                 found.append(frame.info.get("duration") or 100)
             return found[skipped:]
     except Exception as error:  # as for images, damage shows as any exception
-        raise InputError(f"{path} cannot be read as moving pictures ({error}): it is damaged or cut off.") from error
+        raise InputError(f"{path} cannot be read as pictures ({error}): it is damaged or cut off.") from error
 
 
 def _repeats(durations: list[float]) -> list[int]:  # for each picture, how many frames it gives
     "How often pictures are repeated for a constant rate; once each where the rate varies."
     ticks = np.array(durations) / min(durations)
-    return ticks.round().astype(int).tolist() if (np.abs(ticks - ticks.round()) <= 0.1).all() else [1] * len(ticks)
+    if (np.abs(ticks - ticks.round()) > 0.1).any(): return [1] * len(ticks)
+    return ticks.round().astype(int).tolist()
 
 # %% ../nbs/12_video.ipynb
 def _picture_facts(path: Path) -> _Facts:
@@ -635,7 +653,8 @@ def _picture_facts(path: Path) -> _Facts:
     timing = _timing((begins / 1000).tolist(), bool(uneven), 1000 / np.mean(durations) if single else 0)
     if not single: timing["fps"] = float(1000 / min(durations))
     with Image.open(path) as image: size, kind = image.size, image.format.lower()
-    return _Facts(sum(repeats), **timing, height=size[1], width=size[0], container=kind, codec=kind, reader="Pillow")
+    return _Facts(sum(repeats), **timing, height=size[1], width=size[0], container=kind, codec=kind,
+                  reader="Pillow")
 
 
 def _picture_frames(path: Path,
