@@ -87,8 +87,9 @@ def _about_size(row: dict,  # of `_measure`
     return found
 
 # %% ../nbs/14_doctor.ipynb
-_FIXES = {"the frame rate": "give --fps, and frames are taken by their times", "it lacks": "take the whole file",
-          "it is interlaced": "deinterlace it", "its colour profile": "save it again, with a profile or without"}
+_FIXES = {"the frame rate": "give --fps, and frames are taken by their times",
+          "it lacks": "take the whole file", "it is interlaced": "deinterlace it",
+          "its colour profile": "save it again, with a profile or without"}
 
 
 def _about_facts(row: dict, aim: dict) -> list[tuple]:  # level, text, fix

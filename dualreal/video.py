@@ -437,6 +437,7 @@ _MOV = "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names of containers
 _CONTAINERS = (_MOV, "matroska,webm", "avi")
 _CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mjpeg", "msmpeg4", "vp8", "vp9")
 _LAYOUTS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
+_FRAME = 2**22  # pixels: larger frames are PyAV's, since decord keeps dozens of them
 
 
 def _not_ordinary(facts: _Facts) -> str:  # empty if decord may read it
@@ -445,6 +446,7 @@ def _not_ordinary(facts: _Facts) -> str:  # empty if decord may read it
     if facts.codec not in _CODECS: return f"its codec is {facts.codec}"
     if facts.pixels not in _LAYOUTS: return f"its pixels are {facts.pixels}"
     if facts.colours: return f"its colours are {facts.colours}"
+    if facts.height * facts.width > _FRAME: return f"its frames have {facts.width}x{facts.height} pixels"
     if not facts.seconds: return "it does not say how long it is"
     if facts.hidden: return f"{facts.hidden} of its pictures are not shown"
     if facts.variable: return "its rate varies"

@@ -479,8 +479,11 @@ def test_generate_otherwise(trained, tmp_path, capsys):
 
 
 def test_train_warns_of_captions(home, tmp_path, capsys):
-    assert main(train(home / "case", tmp_path / "run", "--samples", "0", "--identity-prompt", "cat")) == 0
+    case = shutil.copytree(home / "case", tmp_path / "case")
+    (case / "identity/images/receipt.pdf").touch()
+    assert main(train(case, tmp_path / "run", "--samples", "0", "--identity-prompt", "cat")) == 0
     out = capsys.readouterr().out
+    assert "note: " in out and "not used: receipt.pdf." in out
     assert 'warning: Identity caption \'cat\' has no "*"' in out and "2 images, 2 clips" in out
 
 
