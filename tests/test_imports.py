@@ -33,7 +33,7 @@ from dualreal.toy.world import write_case
 
 HEAVY = {"torch", "torchvision", "transformers", "diffusers", "peft", "accelerate", "open_clip", "timm"}
 TOY = {"toy.world", "toy.truth", "toy.bases"}
-FAMILIES = {"cogvideox", "wan"}
+FAMILIES = "cogvideox", "wan"
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: a fresh process each takes minutes")
 
 
