@@ -122,7 +122,8 @@ def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, tex
         slower = ", or give a lower --fps" if row["fps"] and row["fps"] > 8 and not thinned else ""
         found.append(("note", text, f"cut the clip to the motion{slower}"))
     if kind == "video" and (cut := min(there, full) - row["used"]):
-        text = f"{row['used'] + cut} frames, of which {row['used']} are used: the base takes {aim['clip_step']} together."
+        text = f"{row['used'] + cut} frames, of which {row['used']} are used: the base takes " \
+               f"{aim['clip_step']} together."
         found.append(("note", text, "nothing, if the end may go"))
     return found
 

@@ -280,7 +280,7 @@ def test_check_of_a_good_case(one, wave):
     assert json.loads(json.dumps(report)) == report
     assert report["ok"] and (report["errors"], report["warnings"], report["findings"]) == (0, 0, [])
     assert report["counts"] == dict(identity=3, motion=3)
-    assert report["base"] == dict(height=16, width=24, frames=5, fps=None, fit="crop")
+    assert report["base"] == dict(height=16, width=24, frames=5, fps=None, fit="crop", clip_step=4)
     row = report["motion"][0]
     assert (row["width"], row["height"], row["frames"], row["used"], row["fps"]) == (24, 16, 17, 5, 8.0)
     assert "5 of 17 frames at 8 fps" in doctor.format_report(report)

@@ -560,5 +560,5 @@ def test_tensorboard(home, tmp_path):
 
 @pytest.mark.parametrize("name, says", [("mlflow", "tracker 'mlflow'"), ("wandb", "pip install wandb")])
 def test_unknown_tracker(home, tmp_path, monkeypatch, name, says):
-    monkeypatch.setattr("dualreal.trainer.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("dualreal.settings.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=says): prepare(settings(home, tmp_path / "run", trackers=name))
