@@ -83,13 +83,16 @@ def _read(path):
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read ({type(e).__name__}); fetch the base again") from e
 
-def base_family(base) -> Family: # a pipeline, or its folder
+def base_family(base,     # a pipeline, or its folder
+                name=None # what the user calls it
+               ) -> Family:
     "The family of a base; `InputError` for one of none."
     if not isinstance(base, (str, Path)): return family_of(base)
     kind = _index(Path(base)).get("_class_name", "pipeline of unknown class")
     if family := named_family(pipeline=kind): return family
     known = ", ".join(f.pipeline for f in families().values())
-    raise InputError(f"base {base} is a {kind}, of no family that dualreal knows; it needs one of {known}")
+    raise InputError(f"base {name or base} is a {kind}, of no family that dualreal knows; "
+                     f"it needs one of {known}")
 
 def _configs(base) -> dict: # a pipeline, or its folder; part -> configuration, see `family`
     if not isinstance(base, (str, Path)):
@@ -99,7 +102,7 @@ def _configs(base) -> dict: # a pipeline, or its folder; part -> configuration, 
 
 def _check_known(folder:Path, base):
     "`InputError` for a pipeline that adapters cannot be attached to."
-    family, configs = base_family(folder), _configs(folder)
+    family, configs = base_family(folder, base), _configs(folder)
     kind = configs["transformer"].get("_class_name", family.transformer)
     why = family.refusal(configs) if kind == family.transformer else \
         f"its pipeline is a {family.pipeline}, but its transformer a {kind}; fetch it again"
