@@ -485,9 +485,9 @@ class _Walk(NamedTuple):
     first: object  # the first picture, an av frame
 
 
-def _is_shown(packet) -> bool:
+def _is_shown(packet, codec: str) -> bool:
     "Whether a packet gives a picture: an edit list may hide it, and VP8 has some that are only referred to."
-    return not packet.is_discard and not (packet.stream.codec.name == "vp8" and not bytes(packet)[0] & 16)
+    return not packet.is_discard and (codec != "vp8" or bool(bytes(packet)[0] & 16))
 
 
 def _walk(container,  # an open av container
@@ -495,12 +495,13 @@ def _walk(container,  # an open av container
           ) -> _Walk:
     "Go through the packets, and decode until there is a picture."
     start, end, times, stored, whole, first = (container.start_time or 0) / 1e6, 0.0, [], 0, True, None
+    codec = stream.codec_context.codec.canonical_name
     for packet in container.demux():
         time = packet.dts if packet.pts is None else packet.pts
         whole = whole and not packet.is_corrupt
         if packet.stream is stream and packet.size > 0 and not packet.is_corrupt:
             stored += 1
-            if _is_shown(packet): times.append(time)
+            if _is_shown(packet, codec): times.append(time)
         if packet.stream is stream and first is None: first = next(iter(packet.decode()), None)
         if time is not None:
             end = max(end, float((time + (packet.duration or 0)) * packet.time_base) - start)
@@ -723,7 +724,7 @@ def _decord_frames(path: Path,  # a video file
 
     decord.logging.set_level(decord.logging.QUIET)  # else FFmpeg writes its own lines beside our one sentence
     try:
-        reader = decord.VideoReader(str(path), num_threads=_THREADS)
+        reader = decord.VideoReader(str(path))
         for i in range(len(reader)):
             frame = reader[i]
             if i in wanted: yield i, _compact(frame.asnumpy())
