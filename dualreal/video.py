@@ -716,6 +716,14 @@ def _compact(frame: np.ndarray  # uint8 (H, W, 3), or (H, W, more) where padding
     return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
+def _last(wanted: range | set) -> int:  # -1: none
+    "The last of the wanted frames."
+    return wanted.stop - 1 if isinstance(wanted, range) else max(wanted, default=-1)
+
+
+_AHEAD = 2**26  # bytes of frames that are taken at once
+
+
 def _decord_frames(path: Path,  # a video file
                    wanted: range | set  # numbers of frames
                    ):  # yields number, uint8 (H, W, 3)
@@ -723,14 +731,20 @@ def _decord_frames(path: Path,  # a video file
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)  # else FFmpeg writes its own lines beside our one sentence
+    last, ready = _last(wanted), []
     try:
         reader = decord.VideoReader(str(path))
-        for i in range(len(reader)):
+        for i in range(min(len(reader), last + 1)):
             frame = reader[i]
-            if i in wanted: yield i, _compact(frame.asnumpy())
+            if i in wanted: ready.append((i, _compact(frame.asnumpy())))
+            if ready and len(ready) * ready[0][1].nbytes > _AHEAD:
+                yield from ready
+                ready = []
+        del reader
     except (RuntimeError, decord.DECORDError) as error:
         said = re.sub(r"^\[[\d:]+\] \S+ ", "", str(error).split("\n")[0])[:120]
         raise InputError(f"{path} cannot be decoded: decord says {said!r}.") from error
+    yield from ready
 
 
 def _file_frames(path: Path, facts: _Facts, wanted: range | set,
@@ -797,7 +811,7 @@ def _source(path: Path,  # a clip
             backend: str | None  # as in `read_video`
             ):  # yields number, uint8 (H, W, 3)
     "The wanted frames of a clip, and no more of it than needed."
-    kind, last = _kind(path), max(wanted, default=-1) if isinstance(wanted, set) else wanted.stop - 1
+    kind, last = _kind(path), _last(wanted)
     if kind == "folder": frames = _folder_frames(path, wanted)
     elif kind == "pictures": clip_facts(path); frames = _picture_frames(path, wanted)
     else: frames = _file_frames(path, clip_facts(path), wanted, backend)
