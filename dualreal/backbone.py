@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from .base import base_family, find_base, find_sizes, is_hub_id, toy_reference, weights_variant
+from .base import base_family, configs_of, find_base, find_sizes, is_hub_id, toy_reference, weights_variant
 from .core import InputError, asset, pick_device, pick_dtype
 from .family import transformers_of
 from .settings import BaseSize
@@ -46,8 +46,7 @@ def _blank_transformer(folder, dtype): # folder: of a base
 
 def _vae_stride(folder) -> tuple: # in time, in space
     "By how much the VAE of a base shrinks time and space."
-    config = json.loads((Path(folder)/"vae/config.json").read_text(encoding="utf-8"))
-    return base_family(folder).stride(config)
+    return base_family(folder).stride(configs_of(folder)["vae"])
 
 # %% ../nbs/20_backbone.ipynb
 class ReferenceEncoder:

@@ -297,7 +297,7 @@ def _run_evaluate(config:settings.EvaluateConfig):
 # %% ../nbs/52_cli.ipynb
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
-    from dualreal.base import base_family, base_size, check_picture, find_sizes
+    from dualreal.base import base_family, base_size, check_picture, configs_of, find_sizes
     from dualreal.data import MIN_CLIP
     from dualreal.doctor import case_sheet, check_case, format_report
     case = _loaded(config)
@@ -318,7 +318,7 @@ def _run_check(config:settings.CheckConfig):
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
     report = check_case(case, *size, tokens, **how)
     family = base_family(folder)
-    member = family.member(json.loads((folder/"transformer/config.json").read_text(encoding="utf-8")))
+    member = family.member(configs_of(folder)["transformer"])
     report["base"] |= dict(name=config.base, family=family.name, member=member)
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
     if config.sheet: case_sheet(case, *size, config.sheet, **how)

@@ -7,6 +7,7 @@ __all__ = ['FAMILIES', 'Expert', 'Family', 'register', 'families', 'named_family
 
 # %% ../nbs/03_family.ipynb
 import math
+from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class Expert(NamedTuple):
     least: float = 0.   # times from here
     most: float = math.inf # to below here
 
-class Family:
+class Family(ABC):
     "What the package asks of a family of video transformers."
     name: str         # as files say it
     transformer: str  # diffusers' classes
@@ -61,30 +62,35 @@ class Family:
         "The time embedding in what its module returns."
         return output
 
+    def expert_count(self, configs) -> int:
+        "How many transformers a base has."
+        return 1
+
     def experts(self, pipe) -> list: # of `Expert`
         "The transformers of a pipeline, the one for most noise first."
         return [Expert("", "", pipe.transformer)]
 
     # A training step; latents in the transformer's layout, without the batch where one is meant
 
+    @abstractmethod
     def draw_time(self, scheduler, generator, config, latents): # config: `TrainConfig`; latents of one sample
         "A time (1,), as the transformer is told it."
-        raise NotImplementedError
 
+    @abstractmethod
     def noised(self, scheduler, latents, noise, times):
         "Latents at these times; noise alike, times (B,)."
-        raise NotImplementedError
 
+    @abstractmethod
     def target(self, scheduler, latents, noise, times):
         "What the transformer is to predict."
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, transformer, noisy, times, text, positions=None):
         "The transformer's prediction, like `noisy`; text (B, T, D)."
-        raise NotImplementedError
 
     def positions(self, pipe, height, width, latents, device):
         "What `predict` is to be told about positions; latents of one sample. None: the model knows."
+        return None
 
     # Texts and latents
 
@@ -97,9 +103,9 @@ class Family:
         "Latents of one sample in the transformer's layout."
         return latents
 
+    @abstractmethod
     def scaled(self, vae, latents):
         "Latents of one sample, laid out, as the transformer sees them."
-        raise NotImplementedError
 
     def vae_dtype(self, dtype):
         "The precision of the VAE beside a transformer of this one."
@@ -113,9 +119,9 @@ class Family:
         "(frames, height, width) of latents, with or without a batch."
         return tuple(latents.shape[-3:])
 
+    @abstractmethod
     def text_width(self, config) -> int:
         "Channels of a text embedding."
-        raise NotImplementedError
 
     def text_tokens(self, config) -> int:
         "Text tokens that pass through the blocks beside those of the video."
@@ -123,27 +129,29 @@ class Family:
 
     def blank_positions(self, config, tokens): # video tokens
         "What `positions` gives, without content."
+        return None
 
     # Sizes, from configurations
 
     def refusal(self, configs) -> str | None: # configs: part -> configuration
         "Why a base of this family cannot be used; None: it can."
+        return None
 
+    @abstractmethod
     def size(self, configs) -> dict: # of `BaseSize`
         "What the base was made for."
-        raise NotImplementedError
 
     def member(self, config) -> str:
         "The member of the family, in words."
         return f"{self.depth(config)} blocks, width {self.width(config)}"
 
+    @abstractmethod
     def stride(self, config) -> tuple: # config: the VAE's
         "By how much the VAE shrinks (time, space)."
-        raise NotImplementedError
 
+    @abstractmethod
     def patch(self, config) -> tuple:
         "Latent pixels of a token in (time, space)."
-        raise NotImplementedError
 
     def clip_step(self, configs) -> int:
         "A clip has a multiple of so many frames, and one more."
@@ -177,21 +185,21 @@ class Family:
 
     # Bases of random weights
 
+    @abstractmethod
     def shaped(self, blocks, heads, head_dim, channels, text_dim, time_dim, tokens, height, width, frames):
         "A transformer's configuration (what the family has no word for is left out); sizes of latents."
-        raise NotImplementedError
 
+    @abstractmethod
     def own_vae(self, channels, wide=False):
         "A small VAE of so many latent channels; wide: of the family's own widths."
-        raise NotImplementedError
 
+    @abstractmethod
     def own_reader(self, text_dim, **sizes):
         "A small text encoder of so many channels."
-        raise NotImplementedError
 
+    @abstractmethod
     def own_scheduler(self):
         "The scheduler of the family's best-known member."
-        raise NotImplementedError
 
 # %% ../nbs/03_family.ipynb
 FAMILIES = {} # name -> `Family`

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
-from .core import Dimension
+from .core import Dimension, InputError
 from .data import Item, read_item
 from .encode import Encoded, EncodedCase
 from .family import Expert, experts_of, family_of
@@ -202,9 +202,10 @@ def _draw_expert(run:Run) -> Expert:
 
 def _draw_time(run:Run, expert:Expert, latents):
     "A time of the expert's part."
-    while True:
+    for _ in range(10_000):
         time = run.given.family.draw_time(run.pipe.scheduler, run.generator, run.config, latents)
         if expert.least <= time.item() < expert.most: return time
+    raise InputError(f"shift {run.config.shift}: leaves the expert {expert.name!r} no noise levels")
 
 def _draw_batch(run:Run,
                 samples:str, # a key of `run.samples`

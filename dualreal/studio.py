@@ -28,7 +28,7 @@ import psutil
 import torch
 
 from .backbone import outline
-from .base import base_size, find_sizes, sized
+from .base import base_family, base_size, configs_of, find_sizes, sized
 from .checkpoint import Adapter, find_adapter, read_adapter
 from .core import InputError, atomic_path, pick_device, pick_dtype, write_json
 from .data import load_case
@@ -78,13 +78,14 @@ def _what_trains(config:TrainConfig): # returns (PIL image, report)
 def _estimate(config:TrainConfig, device=None) -> str:
     "The planner's sentence for a training step."
     device = pick_device(device)
-    size = base_size(find_sizes(config.base))
+    size = base_size(folder := find_sizes(config.base))
     like, stride, width = outline(config.base, pick_dtype(device, None))
     with torch.device("meta"):
         like.add_adapter(DualRealConfig(rank=size.rank, groups=size.groups, condition_dim=width))
     micro = size.training.get("micro_batch", 1)
     step = StepSize(size.height, size.width, size.frames, micro, stride)
-    return str(plan(like, step, config.memory or "auto", device))
+    count = base_family(folder).expert_count(configs_of(folder))
+    return str(plan(like, step, config.memory or "auto", device, experts=count))
 
 # %% ../nbs/51_studio.ipynb
 class _Training:

@@ -28,13 +28,15 @@ class _Sizes(Family):
 
     def refusal(self, configs):
         c = configs["transformer"]
-        if c.get("image_dim") or c["in_channels"] != c["out_channels"]:
+        if c["in_channels"] != c["out_channels"]: # a picture's latents come with the noise
             return "image-to-video models begin with a picture and cannot be trained; use text-to-video"
+
+    def expert_count(self, configs): return 2 if configs["pipeline"].get("boundary_ratio") else 1
 
     def size(self, configs):
         _, own = self._known(configs["transformer"]) or ("", {})
         own = dict(height=480, width=832, frames=81, fps=16, guidance=5.) | own
-        if configs["pipeline"].get("boundary_ratio"): own |= dict(guidance=4., guidance_low=3., steps=40)
+        if self.expert_count(configs) == 2: own |= dict(guidance=4., guidance_low=3., steps=40)
         return own | dict(max_tokens=512, negative=NEGATIVE)
 
     def member(self, config):

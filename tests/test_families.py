@@ -506,6 +506,11 @@ def test_two_experts_in_one_file(home, pair, tmp_path):
     assert dict(double.parts)["weights"] == 2 * dict(single.parts)["weights"]
 
 
+def test_a_shift_that_leaves_nothing_is_said(home, pair, tmp_path):
+    with pytest.raises(InputError, match="shift 1e-12: leaves the expert 'high' no noise levels"):
+        train(config(home, "pair", tmp_path, expert="high", shift=1e-12), progress=False)
+
+
 def test_other_methods_want_one_transformer(home, pair, tmp_path):
     from dualreal.experiments.baselines import find_method
     with pytest.raises(InputError, match="this base has two"):

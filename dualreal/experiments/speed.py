@@ -130,7 +130,7 @@ class Shapes:
         return families()[self.family].blank_positions(self.config, 1) is not None
 
 FIVE_B = Shapes(3072, 42, 226, 13, 60, 90, groups=7, text_dim=4096, dtype="bfloat16")
-WAN = Shapes(1536, 2, 512, 5, 32, 32, batch=1, groups=2, text_dim=4096, family="wan") # 2.1 1.3B's widths
+WAN = Shapes(1536, 6, 512, 5, 32, 32, batch=1, groups=2, text_dim=4096, family="wan") # 2.1 1.3B's widths
 WAN_1_3B = Shapes(1536, 30, 512, 21, 60, 104, groups=6, text_dim=4096, dtype="bfloat16", family="wan")
 
 # %% ../../nbs/44_speed.ipynb
