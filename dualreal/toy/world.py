@@ -268,7 +268,7 @@ HELD_OUT_MOTIONS = {name: Motion(phrase, _path(path)) for name, phrase, path in 
     ("spiralling", "spiralling", lambda t, p: ((1 - .8 * t) * np.cos(1.6 * _TAU * t + p),
         (1 - .8 * t) * np.sin(1.6 * _TAU * t + p), .4 - 1.2 * t, 0)),
     ("hopping", "hopping", lambda t, p: (2 * t - 1, .6 - 1.2 * np.abs(np.sin(_TAU * t + p)), 0, 0)),
-    ("shaking", "shaking", lambda t, p: (.5 * np.sin(3 * _TAU * t + p), 0, 0, 0)),
+    ("shaking", "shaking", lambda t, p: (.5 * np.sin(2 * _TAU * t + p), -.5 * np.cos(2 * _TAU * t + p), 0, 0)),
     ("zigzag", "zigzagging", lambda t, p: (.57 * np.arcsin(np.sin(2 * _TAU * t + p)), 2 * t - 1, 0, 0)),
     ("pulsing", "pulsing", lambda t, p: (0, 0, np.sin(2 * _TAU * t + p), 0)),
     ("somersault", "somersaulting", lambda t, p: (0, .8 - 1.7 * np.sin(np.pi * t), 0, _TAU * t)),
