@@ -171,6 +171,8 @@ def stock_block(block): # as a checkpointing function gets it
     return block.block if isinstance(block, Recalled) else block
 
 # %% ../nbs/04_tuner.ipynb
+_BOTH = tuple(map(str, Dimension)) # plain, for torch.compile
+
 class _Conductor(_DualRealLayer):
     "Beside the patch embedding: asks the controllers and holds the blend of this forward pass."
     adapter_layer_names, other_param_names = ("dualreal_controller",), ("scaling", "configs", "last")
@@ -181,7 +183,7 @@ class _Conductor(_DualRealLayer):
         self.dualreal_controller = nn.ModuleDict()
         self.configs, self.last, self.reference, self.dial = {}, {}, None, 0.
         _First(tokens, self.scaling)
-        self.acting = tuple(map(str, Dimension))
+        self.acting = _BOTH
         self.whole, self.family, self.checkpoint = [transformer], family, None
         self.blend = self.time = self.tokens = None
         of = lambda moment: partial(moment, [tokens])
@@ -294,7 +296,8 @@ class Site(_DualRealLayer):
             group = pair.group.to(x.device)
             weights = [w.to(x.device).index_select(1, group)[:, 0] for w in weights]  # (B,) each
             e = None if reference is None else reference.to(x.device)
-            out = pair(x, *weights, e, out, opposed=True, acting=acting) # they add up to the scale
+            sides = acting.get(self.block, _BOTH) if isinstance(acting, dict) else acting
+            out = pair(x, *weights, e, out, opposed=True, acting=sides) # the weights add up to the scale
         return out
 
 def _add(module, args, kwargs, out):
@@ -422,7 +425,7 @@ def _conductors(transformer): return [conductor_of(e.transformer) for e in adapt
 @contextmanager
 def reference(transformer, # with a DualReal adapter, or a pipeline
               embedding,   # (B, E) or (1, E), also (B|1, 1, E); None: condition absent
-              acting=tuple(Dimension)): # the sides that act; for training, see `switch.COUPLINGS`
+              acting=tuple(Dimension)): # the sides that act (see `switch.COUPLINGS`), or {block: its sides}
     "Within the block, forward passes see this reference embedding; adapters without a condition ignore it."
     conductors, sides = _conductors(transformer), _known_sides(acting)
     given = [_checked(c, embedding) for c in conductors]
@@ -433,7 +436,8 @@ def reference(transformer, # with a DualReal adapter, or a pipeline
         for c, old in zip(conductors, before): c.reference, c.acting = old
 
 def _known_sides(acting):
-    if acting and set(acting) <= set(Dimension): return tuple(map(str, acting)) # plain, for torch.compile
+    if isinstance(acting, dict): return {int(block): _known_sides(sides) for block, sides in acting.items()}
+    if acting and set(acting) <= set(Dimension): return tuple(map(str, acting))
     raise InputError(f"acting {acting!r}: give ('identity',), ('motion',) or both")
 
 def _checked(conductor, embedding):
