@@ -322,7 +322,8 @@ def draws(bench:Bench, method:str, count:int) -> list: # of specs, see `find_met
 def _cut(bench, table, cases=None): # "subject-motion"; returns seeds, cases
     "What a table takes of its benchmark, so that long lists of methods need not have all cases."
     cut = bench.cuts.get(table, {})
-    return bench.seeds[:cut.get("seeds")], list(dict.fromkeys(cases or list(_named(bench))[:cut.get("cases")]))
+    some = cases or list(_named(bench))[:cut.get("cases")]
+    return bench.seeds[:cut.get("seeds")], list(dict.fromkeys(some))
 
 # %% ../../nbs/41_benchmark.ipynb
 def jobs_of(bench:Bench, out, methods=None, # specs or tables
