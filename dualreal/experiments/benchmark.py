@@ -12,8 +12,9 @@ import csv
 import json
 import math
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ class Bench:
     clips: int = 6
     data: str | None = None           # folder of a user's pictures and clips; None: the world draws them
     precision: str | None = None      # of the frozen base; None: what the device prefers
+    cuts: dict = field(default_factory=dict) # table -> how many of the first "cases" and "seeds" it takes
     minutes: float | None = None      # about, of a job on one core; only told, never used
 
 # %% ../../nbs/41_benchmark.ipynb
@@ -120,6 +122,10 @@ def _wrong(b) -> str|None:
         if (v := getattr(b, key)) is not None and not count(v, 1): return f"{key} {v}: give 1 or more"
     if not all(_rate(lr) for lr in b.lrs): return "lrs: give positive numbers"
     if b.data is not None and not Path(b.data).is_dir(): return f"data: {b.data} is not a folder"
+    for table, cut in b.cuts.items() if isinstance(b.cuts, dict) else [("", None)]:
+        if table not in b.tables or not isinstance(cut, dict) or cut.keys() - {"cases", "seeds"} \
+                or not all(count(v, 1) for v in cut.values()):
+            return "cuts: give {table: {cases: how many of the first, seeds: likewise}}"
     if not isinstance(b.knobs, dict): return "knobs: give the settings to draw, for each method"
     for method, knobs in b.knobs.items():
         if not isinstance(knobs, dict) or not knobs or not all(map(_knob, knobs.values())):
@@ -313,20 +319,28 @@ def draws(bench:Bench, method:str, count:int) -> list: # of specs, see `find_met
     return specs
 
 # %% ../../nbs/41_benchmark.ipynb
+def _cut(bench, table, cases=None): # "subject-motion"; returns seeds, cases
+    "What a table takes of its benchmark, so that long lists of methods need not have all cases."
+    cut = bench.cuts.get(table, {})
+    some = cases or list(_named(bench))[:cut.get("cases")]
+    return bench.seeds[:cut.get("seeds")], list(dict.fromkeys(some))
+
+# %% ../../nbs/41_benchmark.ipynb
 def jobs_of(bench:Bench, out, methods=None, # specs or tables
             cases=None # "subject-motion"
            ) -> list[Job]:
     "All jobs that can run, seed by seed; `InputError` for unknown methods, tables and cases."
-    found, specs = searched(bench, out), []
-    for name in methods or bench.tables: specs += bench.tables.get(name, [name])
-    names = _named(bench)
+    found, names, places = searched(bench, out), _named(bench), {} # spec -> (seed, case), as keys
+    for name in methods or bench.tables:
+        mine = list(product(*_cut(bench, name, cases)))
+        for spec in bench.tables.get(name, [name]): places.setdefault(spec, {}).update(dict.fromkeys(mine))
     unknown = set(cases or ()) - set(names)
     if unknown:
         raise InputError(f"case {', '.join(sorted(unknown))}: not in {bench.name}; it has {', '.join(names)}")
     rate = lambda spec: (known := _rate_of(spec, found)) and float(found[known]["lr"])
-    rates, lost = {spec: rate(spec) for spec in specs}, absent(bench, cases)
+    rates, lost = {spec: rate(spec) for spec in places}, absent(bench, cases)
     return [Job(bench, spec, names[case], seed, rates[spec]) for seed in bench.seeds
-            for spec in dict.fromkeys(specs) for case in dict.fromkeys(cases or names) if case not in lost]
+            for spec, its in places.items() for s, case in its if s == seed and case not in lost]
 
 # %% ../../nbs/41_benchmark.ipynb
 def paper_bench(table:str, base:str="toy", # or "THUDM/CogVideoX-5b" or another: the published benchmark
@@ -336,7 +350,9 @@ def paper_bench(table:str, base:str="toy", # or "THUDM/CogVideoX-5b" or another:
     if base != "toy" and table != "comparison":
         cases = read_table(data_folder()/"benchmark"/"ablation_cases.csv")
     own = dict(base=base, data=data, seeds=seeds, steps=steps, videos=videos, cases=cases)
-    return load_bench("toy" if base == "toy" else "published", **own)
+    bench = load_bench("toy" if base == "toy" else "published", **own)
+    first, some = _cut(bench, table)
+    return replace(bench, seeds=bench.seeds if seeds else first, cases=tuple(_named(bench)[c] for c in some))
 
 # %% ../../nbs/41_benchmark.ipynb
 def differs(bench, cases:int=None # of the paper's table; None: as the published benchmark has
