@@ -339,6 +339,8 @@ class EvaluateConfig:
                               choices=("raft", "dis"), shown="NAME")
     midpoint: str | None = option(None, "exported interpolator (.pt2, TorchScript)", unset="warping",
                                   shown="FILE")
+    tracks: str | None = option(None, "cotracker, or flow: points along the flow, without weights",
+                                unset="that of the set", choices=("cotracker", "flow"), shown="NAME")
     truth: str | None = option(None, "SUBJECT:MOTION of toyworld videos, for columns of ground truth",
                                unset="no such columns")
     device: str | None = _like(TrainConfig, "device")
