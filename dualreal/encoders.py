@@ -148,7 +148,8 @@ def _carried(flow, at, h, w): # (H', W', 2) and places (N, 2) -> moves (N, 2), b
 # %% ../nbs/31_encoders.ipynb
 class _CoTracker:
     "CoTracker's predictor, with a grid of points of the first frame."
-    def __init__(self, model, name, device="cpu"): self.model, self.name, self.device = model.to(device).eval(), name, device
+    def __init__(self, model, name, device="cpu"):
+        self.model, self.name, self.device = model.to(device).eval(), name, device
 
     @torch.no_grad()
     def __call__(self, frames) -> Tracks: # uint8 (F, H, W, 3)
@@ -159,7 +160,8 @@ class _CoTracker:
 def _find_cotracker(weights) -> bool: # weights: folder, or None
     "Whether CoTracker's code can be imported: installed, cloned among the weights, or in torch's hub."
     if importlib.util.find_spec("cotracker"): return True
-    homes = [Path(weights)/"co-tracker"] * bool(weights) + [Path(torch.hub.get_dir())/"facebookresearch_co-tracker_main"]
+    homes = [Path(weights)/"co-tracker"] if weights else []
+    homes.append(Path(torch.hub.get_dir())/"facebookresearch_co-tracker_main")
     here = next((h for h in homes if (h/"cotracker"/"predictor.py").is_file()), None)
     if here: sys.path.append(str(here))
     return here is not None
@@ -379,7 +381,8 @@ def load_encoders(which:str="published", # or "toy", or "random": published arch
         raise InputError(f"{weights}: no folder of weights is there")
     own = None if midpoint is None else _ExportedMidpoint(midpoint, device)
     ours = dict(toy=_toy, random=_random).get(which)
-    asked = [key for key in PUBLISHED if (key, flow) != ("flow", "dis") and (key, tracks) != ("tracks", "flow")]
+    asked = [key for key in PUBLISHED if (key, flow) != ("flow", "dis")
+             and (key, tracks) != ("tracks", "flow")]
     found = ours(device) if ours else {key: _published(key, weights, device) for key in asked}
     if flow == "dis": found["flow"] = DisFlow()
     if flow == "raft" and which == "toy": found["flow"] = _published("flow", weights, device)

@@ -134,7 +134,10 @@ class _Parts(_Pieces):
     def _follow(self):
         frames, tracker = self.thinned.frames(), self.encoders["tracks"]
         own = self._clock("tracks", tracker)(frames)
-        self.sums["motion_fidelity"] = fidelities(own, self.references.tracks(tracker)), 1
+        clips = self.references.tracks(tracker)
+        if not clips: raise Undefined("not computed: no clip of the motion can be followed")
+        try: self.sums["motion_fidelity"] = fidelities(own, clips), 1
+        except Undefined as e: raise Undefined(f"not computed: {e}") from e
 
 # %% ../nbs/32_evaluate.ipynb
 _DEVIATION = "dynamic_degree_deviation" # of a whole video, against the references
@@ -231,7 +234,7 @@ class References:
         return self.known[key]
 
     def tracks(self, tracker) -> list: # of `Tracks`
-        "Of the clips, at about eight frames a second; a clip of one frame is left out."
+        "Of the clips, at about eight frames a second; one that cannot be followed is left out."
         key = id(tracker), "tracks"
         if key not in self.known: self.known[key] = [t for c in self.clips if (t := self._tracks(c, tracker))]
         return self.known[key]
@@ -277,7 +280,7 @@ def _followed(clip, tracker): # `Tracks`, or None
     thinned = _Thinned(fps)
     for part in parts: thinned.feed(part)
     try: return tracker(thinned.frames())
-    except Undefined: return None
+    except (Undefined, InputError): return None # too short, or too small for the flow
 
 def _cut(frames): return (frames[i:i + _CHUNK] for i in range(0, len(frames), _CHUNK))
 
