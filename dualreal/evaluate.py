@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from dualreal.metrics import (
     METRICS,
+    Tracks,
     Undefined,
     bootstrap,
     clip_t,
     deviation,
     dynamic_degree,
+    fidelities,
     flow_stride,
     image_similarity,
     macro_average,
@@ -77,6 +79,22 @@ class _Pieces:
         return block
 
 # %% ../nbs/32_evaluate.ipynb
+_FOLLOWED = 128 # frames at most, about 16 seconds: points are followed when all frames are there
+
+class _Thinned:
+    "Frames at about eight a second, from the first on, as they arrive in pieces."
+    def __init__(self, fps): self.stride, self.seen, self.kept = flow_stride(fps), 0, []
+
+    def feed(self, x):
+        room = _FOLLOWED - sum(map(len, self.kept))
+        self.kept.append(x[-self.seen % self.stride::self.stride][:room].copy())
+        self.seen += len(x)
+
+    def frames(self): # or `Undefined`
+        found = np.concatenate(self.kept) if self.kept else ()
+        if len(found) < 2: raise Undefined(f"it needs 2 frames {self.stride} apart, the video has {self.seen}")
+        return found
+
 class _Parts(_Pieces):
     "A mean and its count for each metric, from the next frames x (F, H, W, 3)."
     def _clip_t(self, x): return clip_t(self.text, self._features("clip_t", x)), len(x)
@@ -109,11 +127,24 @@ class _Parts(_Pieces):
         flow = self._clock("flow", self.encoders["flow"])
         return dynamic_degree(block, 8, flow), len(block) - 1 # 8: no further thinning
 
+    def _motion_fidelity(self, x): # of the whole: see `_follow`
+        self.thinned.feed(x)
+        return 0., 0
+
+    def _follow(self):
+        frames, tracker = self.thinned.frames(), self.encoders["tracks"]
+        own = self._clock("tracks", tracker)(frames)
+        clips = self.references.tracks(tracker)
+        if not clips: raise Undefined("not computed: no clip of the motion can be followed")
+        try: self.sums["motion_fidelity"] = fidelities(own, clips), 1
+        except Undefined as e: raise Undefined(f"not computed: {e}") from e
+
 # %% ../nbs/32_evaluate.ipynb
 _DEVIATION = "dynamic_degree_deviation" # of a whole video, against the references
+_FIDELITY = "motion_fidelity" # of the best clip; `values` has the mean over the clips, too
 _OF_FRAMES = tuple(m for m in METRICS if m != _DEVIATION) # computed as the frames arrive
 _NETWORK = dict(clip_t="clip_t", clip_i="clip_i", dino_i="dino_i", temporal_consistency="clip_i",
-               motion_smoothness="midpoint", dynamic_degree="flow", dynamic_degree_deviation="flow")
+               motion_smoothness="midpoint", dynamic_degree="flow", dynamic_degree_deviation="flow", motion_fidelity="tracks")
 _LEAST = dict(temporal_consistency=2, temporal_flickering=2, motion_smoothness=3, dynamic_degree=2)
 
 class Scorer(_Parts):
@@ -121,6 +152,7 @@ class Scorer(_Parts):
     def __init__(self, fps, encoders, references=None, prompt=None, wanted=_OF_FRAMES):
         self.fps, self.encoders, self.references = fps, encoders, references or References()
         self.seen, self.sums, self.seconds, self.before, self.memo = 0, {}, Counter(), {}, {}
+        self.thinned = _Thinned(fps)
         asked = {m: _not_computed(m, encoders, self.references, prompt) for m in wanted}
         self.why = {m: why for m, why in asked.items() if why}
         self.wanted = [m for m in wanted if m not in self.why]
@@ -144,26 +176,33 @@ class Scorer(_Parts):
         total, n = self.sums.get(metric, (0., 0))
         self.sums[metric] = total + mean * count, n + count
 
-    def values(self) -> dict: # metric -> number; `why` has the others
+    def values(self) -> dict: # metric -> number, motion fidelity: [best, mean]; `why` has the others
         "The means over all frames fed."
+        if _FIDELITY in self.wanted and _FIDELITY not in self.why: self._try(_FIDELITY, self._follow)
         for m in self.wanted:
             if m in self.why or self.sums.get(m, (0, 0))[1]: continue
             apart = f" {flow_stride(self.fps)} apart" if m == "dynamic_degree" else ""
             self.why[m] = f"it needs {_LEAST.get(m, 1)} frames{apart}, the video has {self.seen}"
-        return {m: total / n for m, (total, n) in self.sums.items() if m not in self.why}
+        found = {m: both for m, both in self.sums.items() if m not in self.why}
+        return {m: [*total] if m == _FIDELITY else total / n for m, (total, n) in found.items()}
 
 # %% ../nbs/32_evaluate.ipynb
 _GIVEN = dict(clip_t="no prompt was given", clip_i="no picture of the subject was given",
               dino_i="no picture of the subject was given",
-              dynamic_degree_deviation="no clip of the motion was given")
+              dynamic_degree_deviation="no clip of the motion was given",
+              motion_fidelity="no clip of the motion was given")
 
 def _not_computed(metric, encoders, references, prompt) -> str: # empty if it can be computed
     "Why a metric cannot be computed for any video."
     given = dict(clip_t=prompt, clip_i=references.images, dino_i=references.images,
-                 dynamic_degree_deviation=references.clips)
-    network = encoders[_NETWORK[metric]] if metric in _NETWORK else None
+                 dynamic_degree_deviation=references.clips, motion_fidelity=references.clips)
+    network = _network_of(metric, encoders) if metric in _NETWORK else None
     if not given.get(metric, True): return f"not computed: {_GIVEN[metric]}"
     return f"not computed: {network.why}" if _is_missing(network) else ""
+
+def _network_of(metric, encoders): # a set of one's own may lack a tracker
+    from dualreal.encoders import Missing
+    return encoders.get(_NETWORK[metric]) or Missing("tracks", "these networks hold none that follows points")
 
 def _is_missing(network): # None: none is needed
     from dualreal.encoders import Missing  # with PyTorch: what was refused did not wait
@@ -194,6 +233,24 @@ class References:
             self.left |= {i: d for i, d in enumerate(found) if isinstance(d, str)}
         return self.known[key]
 
+    def tracks(self, tracker) -> list: # of `Tracks`
+        "Of the clips, at about eight frames a second; one that cannot be followed is left out."
+        key = id(tracker), "tracks"
+        if key not in self.known: self.known[key] = [t for c in self.clips if (t := self._tracks(c, tracker))]
+        return self.known[key]
+
+    def _tracks(self, clip, tracker): # None: there is nothing to follow
+        if self.kept is None or isinstance(clip, tuple): return _followed(clip, tracker)
+        import torch  # `Store` keeps tensors
+        def make():
+            t = _followed(clip, tracker)
+            size = [t.height, t.width] if t else [0, 0]
+            parts = dict(points=t.points, seen=t.seen) if t else dict(points=np.zeros(0), seen=np.zeros(0))
+            return {k: torch.from_numpy(np.asarray(v)) for k, v in parts.items()} | dict(size=torch.tensor(size))
+        key = fingerprint("tracks", self.kept.key(clip), *_behind(tracker), _FOLLOWED)
+        told = {k: v.numpy() for k, v in self.kept.store.tensors(key, make).items()}
+        return Tracks(told["points"], told["seen"], *map(int, told["size"])) if told["size"][0] else None
+
     def note(self) -> list: # of one sentence, or none
         "What is said of clips without a degree."
         if not self.left: return []
@@ -217,12 +274,21 @@ def _degree(clip, flow, size): # a number, or why there is none
     for part in parts: scorer.feed(resize_crop(part, *size) if size else part)
     return (scorer.values() | scorer.why)["dynamic_degree"]
 
+def _followed(clip, tracker): # `Tracks`, or None
+    if isinstance(clip, tuple): fps, parts = clip[1], _cut(clip[0])
+    else: fps, parts = clip_facts(clip).fps, stream_video(clip, _CHUNK)
+    thinned = _Thinned(fps)
+    for part in parts: thinned.feed(part)
+    try: return tracker(thinned.frames())
+    except (Undefined, InputError): return None # too short, or too small for the flow
+
 def _cut(frames): return (frames[i:i + _CHUNK] for i in range(0, len(frames), _CHUNK))
 
 # %% ../nbs/32_evaluate.ipynb
 def _row(values, why, prompt, encoders, references, fps, count, size):
     facts = dict(frames=count, fps=fps, height=size[0], width=size[1], stride=flow_stride(fps), prompt=prompt)
     row = dict.fromkeys(METRICS) | values | dict(why=dict(why)) | facts
+    if row[_FIDELITY]: row[_FIDELITY], row[f"{_FIDELITY}_mean"] = row[_FIDELITY]
     return row | _deviations(row, encoders, references, size)
 
 def _deviations(row, encoders, references, size):
@@ -238,7 +304,7 @@ def _deviations(row, encoders, references, size):
 
 # %% ../nbs/32_evaluate.ipynb
 _EXTRAS = ("dynamic_degree_reference", "dynamic_degree_deviation_resized", "dynamic_degree_reference_resized",
-          "truth_identity", "truth_motion")
+          "motion_fidelity_mean", "truth_identity", "truth_motion")
 
 def score_frames(frames:np.ndarray, # uint8 (F, H, W, 3)
                  fps:float, references:References, prompt:str|None, encoders:dict # of `load_encoders`
@@ -511,6 +577,7 @@ class _Job:
     def __post_init__(self):
         self.seconds, self.identities, self.decoded = Counter(), {}, 0
         self.pictures = fingerprint(*self.references.images)
+        self.films = [_FOLLOWED, *(c if isinstance(c, str) else self.kept.key(c) for c in self.references.clips)]
         self.asked = _OF_FRAMES + _EXTRAS[-2:] * (self.truth is not None)
 
     def key(self, metric, prompt):
@@ -519,7 +586,7 @@ class _Job:
         if name and name not in self.identities:
             self.identities[name] = fingerprint(*_behind(self.encoders[name]))
         more = dict(clip_t=prompt, clip_i=self.pictures, dino_i=self.pictures)
-        more |= dict.fromkeys(_EXTRAS, str(self.truth))
+        more |= dict(motion_fidelity=self.films) | dict.fromkeys(_EXTRAS, str(self.truth))
         return fingerprint(metric, self.identities.get(name, ""), more.get(metric))
 
 # %% ../nbs/32_evaluate.ipynb
@@ -586,9 +653,10 @@ def _load_references(identity, motion, store) -> tuple: # `References`, and what
 def encoder_names(encoders:dict) -> dict: # metric -> name, None: its network is missing
     "Which network made which number."
     name = lambda n: None if _is_missing(n) else getattr(n, "name", type(n).__name__)
-    names = {m: name(encoders[_NETWORK[m]]) if m in _NETWORK else "none needed" for m in METRICS}
+    names = {m: name(_network_of(m, encoders)) if m in _NETWORK else "none needed" for m in METRICS}
     reader = next((w.reader for w in WORLDS.values()), None)
-    return names | dict.fromkeys(_EXTRAS[:3], names["dynamic_degree"]) | dict.fromkeys(_EXTRAS[3:], reader)
+    more = dict.fromkeys(_EXTRAS[:3], names["dynamic_degree"]) | dict.fromkeys(_EXTRAS[-2:], reader)
+    return names | more | {f"{_FIDELITY}_mean": names[_FIDELITY]}
 
 def _summarise(rows:list) -> tuple: # metric -> mean, low, high, n; over videos, and over cases
     "Means with 95% intervals."
@@ -615,7 +683,7 @@ def evaluate(videos, identity, # folders
              prompts=None, # file; without it there is no CLIP-T
              encoders="published", # or "toy"; or a dictionary as of `load_encoders`
              out=None, # folder of report.json, report.csv and sheets/
-             weights=None, flow=None, midpoint=None, device=None, # of `load_encoders`
+             weights=None, flow=None, midpoint=None, device=None, tracks=None, # of `load_encoders`
              truth=None, # "SUBJECT:MOTION" of a known world: two columns of ground truth
              cache=None, # folder; default: that of `cache_folder`
              progress=True) -> dict: # summary, summary_cases, videos, encoders, ...
@@ -629,7 +697,7 @@ def evaluate(videos, identity, # folders
     references, given, also = _load_references(identity, motion, store)
     if isinstance(encoders, str):
         from dualreal.encoders import load_encoders
-        encoders = load_encoders(encoders, weights, flow, midpoint, pick_device(device))
+        encoders = load_encoders(encoders, weights, flow, midpoint, pick_device(device), tracks)
     job, start = _Job(encoders, references, _Kept(store), said, truth), time.perf_counter()
     rows = [_video_row(job, v) for v in tqdm(found, "videos", unit="video", disable=not progress)]
     report = _report(job, rows, notes + more + same + also, given, time.perf_counter() - start)

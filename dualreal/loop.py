@@ -149,6 +149,7 @@ class Run:
         self.samples, self.orders = {}, {}
         for name in ("identity", "motion"): self.add(name, getattr(given.case, name))
         self.step, self.saved, self.log, self.scores, self.seconds = 0, None, [], [], {}
+        self.told = {} # what its files say of it, besides
         self.end = 0 # of the course, in steps; `take_up` sets it, with `optimizer`, `schedule` and `switch`
         self.optimizer = self.schedule = self.switch = None
 

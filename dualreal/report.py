@@ -23,6 +23,8 @@ LABELS = dict( # metric: heading, arrow, side
     dynamic_degree=("Dynamic degree (px)", "", "motion"),
     dynamic_degree_deviation=("Deviation (px)", "→0", "motion"),
     dynamic_degree_deviation_resized=("Deviation, references resized (px)", "→0", "motion"),
+    motion_fidelity=("Motion fidelity", "↑", "motion"),
+    motion_fidelity_mean=("Motion fidelity, mean of clips", "↑", "motion"),
     dynamic_degree_reference=("References' degree (px)", "", None),
     dynamic_degree_reference_resized=("References' degree, resized (px)", "", None),
     truth_identity=("True identity", "↑", "identity"), truth_motion=("True motion", "↑", "motion"),

@@ -157,7 +157,7 @@ def facts(run:Run) -> dict:
     words = {k: run.given.words[k] for k in ("subject", "motion", "class_word")}
     base = str(Path(c.base).resolve()) if Path(c.base).is_dir() else c.base # found from any folder
     return dict(words, base=base, steps_done=run.step, training=settings, environment=environment(),
-                generation={k: getattr(run.size, k) for k in ("height", "width", "frames")})
+                generation={k: getattr(run.size, k) for k in ("height", "width", "frames")}, **run.told)
 
 def save_run(run:Run, folder):
     "The adapter of a run as it stands, with its facts and reference."

@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['PUBLISHED', 'MAY_DIFFER', 'option', 'checked', 'BaseSize', 'TrainConfig', 'gigabytes', 'trackers_of', 'completed',
-           'WatchConfig', 'CheckConfig', 'GenerateConfig', 'EvaluateConfig', 'BenchConfig', 'InspectConfig',
-           'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig', 'StudioConfig', 'add_flags', 'from_flags',
-           'as_flags']
+           'WatchConfig', 'CheckConfig', 'GenerateConfig', 'ComposeConfig', 'EvaluateConfig', 'BenchConfig',
+           'InspectConfig', 'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig', 'StudioConfig', 'add_flags',
+           'from_flags', 'as_flags']
 
 # %% ../nbs/10_settings.ipynb
 import argparse
@@ -293,6 +293,35 @@ class GenerateConfig:
 
 # %% ../nbs/10_settings.ipynb
 @dataclass
+class ComposeConfig:
+    "Whose subject does whose motion, and how the controller between them is found."
+    identity: str = option(..., "a run, or an adapter file: its subject is taken", shown="RUN")
+    motion: str = option(..., "a run, or an adapter file: its motion is taken", shown="RUN")
+    out: str = _like(TrainConfig, "out")
+    steps: int | None = option(None, "in which the controller alone learns; 0: none, no data is needed", "steps",
+                               "a tenth of the subject's training", least=0)
+    start: str | None = option(None, "fresh, identity, motion or mean: whose controller is fitted", "",
+                               "mean; fresh where a side has none",
+                               choices=("fresh", "identity", "motion", "mean"))
+    polish: int = option(0, "more steps, in which both sides learn, too, at a tenth of their rates", "steps",
+                         least=0)
+    identity_data: str | None = option(None, "folder of images of the subject", "", "that of its run",
+                                       shown="DIR")
+    motion_data: str | None = option(None, "folder of clips of the motion", "", "that of its run",
+                                     shown="DIR")
+    base: str | None = _like(TrainConfig, "base", None, unset="the base that both name")
+    prompts: list | None = _like(TrainConfig, "prompts")
+    samples: int = _like(TrainConfig, "samples")
+    seed: int = _like(TrainConfig, "seed")
+    memory: str | None = _like(TrainConfig, "memory")
+    device: str | None = _like(TrainConfig, "device")
+    precision: str | None = _like(TrainConfig, "precision", unset="as in training")
+    cache: str | None = _like(TrainConfig, "cache")
+    save_every: int = _like(TrainConfig, "save_every")
+    resume: bool = _like(TrainConfig, "resume")
+
+# %% ../nbs/10_settings.ipynb
+@dataclass
 class EvaluateConfig:
     "Which videos are measured, against what, by which networks."
     videos: str = option(..., "folder of videos, of folders of frames, or of one sub-folder for each case",
@@ -310,6 +339,8 @@ class EvaluateConfig:
                               choices=("raft", "dis"), shown="NAME")
     midpoint: str | None = option(None, "exported interpolator (.pt2, TorchScript)", unset="warping",
                                   shown="FILE")
+    tracks: str | None = option(None, "cotracker, or flow: points along the flow, without weights",
+                                unset="that of the set", choices=("cotracker", "flow"), shown="NAME")
     truth: str | None = option(None, "SUBJECT:MOTION of toyworld videos, for columns of ground truth",
                                unset="no such columns")
     device: str | None = _like(TrainConfig, "device")

@@ -183,15 +183,17 @@ def _scalars(row:dict) -> dict: # a row of `train_step`
 def train(config:TrainConfig,
           on_step:Callable=None, # called with (run, row) after each step
           progress=True,         # bars
-          score:Callable=None    # called with (run, folder of a preview); identity, motion and other numbers
+          score:Callable=None,   # called with (run, folder of a preview); identity, motion and other numbers
+          begin:Callable=None    # called with the run before its first step: it may change weights and course
          ) -> Path:              # the adapter file
     "Train one case; ends with the adapter, a loss plot, a contact sheet and run.json."
     if done := check_out(config.out, config.resume): return done
     first = os.environ.get("RANK", "0") == "0" # of several processes, one owns the folder
-    with own(config.out) if first else nullcontext(): return _train(config, on_step, progress, score)
+    with own(config.out) if first else nullcontext(): return _train(config, on_step, progress, score, begin)
 
-def _train(config, on_step, progress, score):
+def _train(config, on_step, progress, score, begin=None):
     run = prepare(config, progress)
+    if begin is not None: begin(run)
     progress, main = progress and run.accelerator.is_main_process, run.accelerator.is_main_process
     restored = restore(run) if config.resume else None
     if main: write_json(run.out/"config.json", asdict(run.config))

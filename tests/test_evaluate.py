@@ -20,6 +20,7 @@ from dualreal.cli import main
 from dualreal.encoders import Missing, load_encoders
 from dualreal.evaluate import METRICS, References, Scorer, evaluate, score_frames, status
 from dualreal.metrics import (
+    Tracks,
     dynamic_degree,
     motion_smoothness,
     temporal_consistency,
@@ -54,6 +55,13 @@ class Shift:
         return np.stack(np.broadcast_arrays(move, np.zeros(a.shape[:2])), -1)
 
 
+class Drift:
+    name = "drift"
+    def __call__(self, frames):
+        points = np.arange(len(frames))[:, None, None] * np.array([3., 1.]) + np.zeros((1, 4, 2))
+        return Tracks(points, np.ones(points.shape[:2], bool), *frames.shape[1:3])
+
+
 class Blend:
     name = "blend"
     def __call__(self, a, b): return (a + b) / 2
@@ -61,7 +69,7 @@ class Blend:
 
 @pytest.fixture
 def fakes():
-    return dict(clip_t=Means(), clip_i=Means(), dino_i=Means(), flow=Shift(), midpoint=Blend())
+    return dict(clip_t=Means(), clip_i=Means(), dino_i=Means(), flow=Shift(), midpoint=Blend(), tracks=Drift())
 
 
 @pytest.fixture(scope="session")
@@ -225,7 +233,7 @@ def test_a_bad_video_costs_one_row(spoil, says, error, fakes):
     spoil()
     report = score(fakes)
     good, bad = sorted(report["videos"], key=lambda r: r["name"][0] == "x")
-    assert not good["error"] and all(good[m] is not None for m in METRICS[1:-1])
+    assert not good["error"] and all(good[m] is not None for m in METRICS[1:-2])
     assert bool(bad["error"]) == error and any(says in why for why in bad["why"].values())
     assert not error or str(Path("videos") / bad["name"]) in bad["error"]
     assert status(report) == 1 and report["counts"]["failed"] == error
@@ -322,11 +330,11 @@ def test_clips_that_the_flow_refuses(fakes):
             return super().__call__(a, b)
     fakes["flow"], small, good = Large(), noise(9, 24, 36), noise(9, 64, 64)
     row = score_frames(good, 8, References(clips=[(small, 8)]), None, fakes)
-    assert "1 of 1 clips of the motion" in row["why"][METRICS[-1]] and "40 pixels" in row["why"][METRICS[-1]]
+    assert "1 of 1 clips of the motion" in row["why"]["dynamic_degree_deviation"] and "40 pixels" in row["why"]["dynamic_degree_deviation"]
     write_video("videos/a.mp4", good)
     for i, clip in enumerate((small, good, good[:1])): write_video(f"clips/{i}.mp4", clip)
     report = score(fakes, motion="clips")
-    assert report["summary"][METRICS[-1]]["mean"] is not None
+    assert report["summary"]["dynamic_degree_deviation"]["mean"] is not None
     assert any("2 of 3 clips of the motion" in n and "0.mp4: large needs 40" in n for n in report["notes"])
 
 

@@ -243,7 +243,7 @@ def test_what_is_not_there_needs_no_torch(tmp_path):
     words = ("check --identity no --motion no", "train --identity no --motion no --out run", "inspect no",
              "generate --adapter no --prompt a --out a.mp4", "convert no a.pth", "card no",
              "studio --port 70000", "demo --subject no", "evaluate --videos no --identity no --out o",
-             "push no me/cat")
+             "push no me/cat", "compose --identity no --motion no --out both")
     without_torch([line.split() for line in words], 2, tmp_path)
 
 

@@ -47,7 +47,7 @@ def networks_of(scorer:str) -> dict:
     "Networks that score, by metric; `InputError` where one is missing."
     from dualreal.encoders import Missing, load_encoders
     nets = load_encoders(scorer, device=pick_device())
-    lost = {net.name: _wanted(net) for net in nets.values() if isinstance(net, Missing)}
+    lost = {net.name: _wanted(net) for k, net in nets.items() if isinstance(net, Missing) and k != "tracks"}
     if lost: raise InputError(f"scorer {scorer!r} lacks a network: {'; '.join(lost.values())}")
     return nets
 
@@ -72,7 +72,8 @@ class Metrics:
 
     def __call__(self, frames, fps, prompt) -> dict: # metrics, and `why` of those that are None
         row = score_frames(frames, fps, self.references, prompt, self.nets)
-        return {k: row[k] for k in (*METRICS, "dynamic_degree_deviation_resized", "why") if k in row}
+        more = "dynamic_degree_deviation_resized", "motion_fidelity_mean", "why"
+        return {k: row[k] for k in (*METRICS, *more) if k in row}
 
 class _Truth(Metrics):
     "The same with the networks of a world, and its truth."
