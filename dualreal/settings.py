@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['PUBLISHED', 'MAY_DIFFER', 'option', 'checked', 'BaseSize', 'TrainConfig', 'gigabytes', 'trackers_of', 'completed',
-           'WatchConfig', 'CheckConfig', 'GenerateConfig', 'ComposeConfig', 'EvaluateConfig', 'BenchConfig',
-           'InspectConfig', 'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig', 'StudioConfig', 'add_flags',
-           'from_flags', 'as_flags']
+           'WatchConfig', 'CheckConfig', 'GenerateConfig', 'ComposeConfig', 'EvaluateConfig', 'ConflictConfig',
+           'BenchConfig', 'InspectConfig', 'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig', 'StudioConfig',
+           'add_flags', 'from_flags', 'as_flags']
 
 # %% ../nbs/10_settings.ipynb
 import argparse
@@ -345,6 +345,25 @@ class EvaluateConfig:
                                unset="no such columns")
     device: str | None = _like(TrainConfig, "device")
     cache: str | None = _like(TrainConfig, "cache")
+
+# %% ../nbs/10_settings.ipynb
+@dataclass
+class ConflictConfig:
+    "Which trained pair is asked, and by which networks."
+    path: str = option(..., "a training run, or an adapter file", shown="RUN", place=True)
+    out: str | None = option(None, "folder of the report", unset="RUN/conflict", shown="DIR")
+    identity: str | None = _like(TrainConfig, "identity", None, unset="that of the run")
+    motion: str | None = _like(TrainConfig, "motion", None, unset="that of the run")
+    prompt: str | None = option(None, "what the videos show", unset="made of the captions")
+    seed: int = _like(TrainConfig, "seed")
+    steps: int | None = option(None, "steps of denoising", "steps", _TRAINED)
+    encoders: str = _like(EvaluateConfig, "encoders")
+    weights: str | None = _like(EvaluateConfig, "weights")
+    tracks: str | None = _like(EvaluateConfig, "tracks")
+    base: str | None = _like(GenerateConfig, "base")
+    device: str | None = _like(TrainConfig, "device")
+    precision: str | None = _like(GenerateConfig, "precision")
+    offload: bool = _like(GenerateConfig, "offload")
 
 # %% ../nbs/10_settings.ipynb
 @dataclass

@@ -154,7 +154,7 @@ ANSWERS = """
 import sys
 import dualreal.cli
 print({m for m in sys.modules if m.startswith("dualreal.")})
-commands = "demo check train generate compose evaluate bench inspect convert card push studio".split()
+commands = "demo check train generate compose evaluate conflict bench inspect convert card push studio".split()
 for argv in (["--help"], *([c, "--help"] for c in commands)): assert dualreal.cli.main(argv) == 0
 wrong = ["--nonsense"], ["train", "--steps", "x"], ["train", "--fit", "x"], ["fly"], ["bench", "x"]
 for argv in (*wrong, *([c, "--nonsense"] for c in commands), []): assert dualreal.cli.main(argv) == 2
