@@ -100,11 +100,12 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     settings.checked(config)
     if watch.score_previews and not config.preview_every:
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
-    from dualreal.base import base_size, find_sizes, video_size
-    from dualreal.store import check_out, check_same
-    if check_out(config.out, config.resume):
-        print(f"{config.out}: this run is finished already; nothing to do")
-        return
+    from dualreal.base import base_size, fetch_adapter, find_sizes, video_size
+    from dualreal.store import adapter_info, as_begun, begun, check_out, check_same
+    config = as_begun(config)
+    if done := check_out(config.out, config.resume, config.steps):
+        return print(f"{config.out}: {_ended(config, done)}; nothing to do")
+    if config.init and not begun(config.out): adapter_info(fetch_adapter(config.init))
     _loaded(config)
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
@@ -122,6 +123,10 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     if config.samples: print(f"videos         {path.parent/'samples'}")
     _say_next(path.parent, config)
     _say_best(path.parent)
+
+def _ended(config, adapter): # adapter: of the run, as far as it is
+    if adapter.parent == Path(config.out): return "this run is finished already"
+    return f"this run was begun with more than {config.steps} steps; without --steps it is continued"
 
 def _warn(config):
     "What is not used, what `check` would warn of without reading a file, and what is going to happen."

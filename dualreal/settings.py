@@ -124,7 +124,14 @@ class TrainConfig:
                                          unset="those of the folder", label="Subject")
     motion_prompt: str | None = option(None, 'one caption for all clips, e.g. "a person is playing guitar"',
                                        unset="those of the folder", label="Motion")
-    steps: int | None = option(None, "optimisation steps", "steps", _own("steps"), least=1)
+    steps: int | None = option(None, "optimisation steps", "steps",
+                               f"{_own('steps')}; with --resume the run's own", least=1)
+    init: str | None = option(None, "begin from a trained adapter: a run, a file, or owner/name of the Hub; "
+                              "the reference stays that of this run's images", unset="fresh weights",
+                              shown="ADAPTER")
+    init_side: str = option("both", "both, identity or motion: what is taken of it; the other side begins "
+                            "fresh, and so does the controller, which comes with both only",
+                            choices=("both", "identity", "motion"))
     seed: int = option(42, "of everything random", least=0)
     rank: int | None = option(None, "width of the bottlenecks", "channels", _own("rank"), least=1)
     groups: int | None = option(None, "groups of blocks with weights of their own", "", _own("groups"),
@@ -150,6 +157,12 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "of AdamW", least=0)
     warmup: int | None = option(None, "first steps, in which the learning rate rises", "steps",
                                 "a fifth of all, at most 200", least=0)
+    lr_schedule: str = option("cosine_with_restarts", "how the learning rate goes on after the warm-up, to 0 "
+                              "except for constant; wsd: constant, and falling in the last fifth",
+                              choices=("cosine_with_restarts", "constant", "linear", "cosine", "wsd"),
+                              shown="NAME")
+    ema: float = option(0., "decay, as 0.99, of a moving average of the adapter, which is then what is saved "
+                        "and shown; 0: none", least=0, most=.99999)
     clip: float = option(1.0, "largest gradient norm", above=0)
     height: int | None = option(None, "of the frames", "pixels", _OWN, least=1)
     width: int | None = option(None, "of the frames", "pixels", _OWN, least=1)
@@ -186,7 +199,9 @@ class TrainConfig:
     precision: str | None = option(None, "of the frozen base", unset="bfloat16; on the CPU float32",
                                    choices=("float32", "bfloat16", "float16"))
     cache: str | None = option(None, "folder of encoded results", "", "~/.cache/dualreal", same=True)
-    resume: bool = option(False, "continue from the newest checkpoint", same=True)
+    resume: bool = option(False, "continue from the newest checkpoint; with more --steps also a finished run: "
+                          "the added steps are a course of their own, warm-up and schedule begin anew",
+                          same=True)
 
 # %% ../nbs/10_settings.ipynb
 def gigabytes(memory) -> float|None: # None: as many as there are, or no plan
@@ -217,6 +232,8 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
     if done.memory is not None and done.gradient_checkpointing is not None:
         raise InputError("memory and gradient_checkpointing: give one, the plan for the memory decides both")
     gigabytes(done.memory)
+    if done.init is None and done.init_side != "both":
+        raise InputError(f"init_side {done.init_side!r}: is said of an adapter; give --init ADAPTER, too")
     if done.coupling == "none": done.controller = False # it would learn in every step, of both sides
     if checked(done).coupling != "mutual" and not done.gradient_mask:
         raise InputError(f"coupling {done.coupling!r} needs the gradient mask: leave --no-mask out")
