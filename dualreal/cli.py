@@ -20,6 +20,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from . import settings
 from .core import InputError, counted, few, write_json
 
@@ -27,7 +29,8 @@ from .core import InputError, counted, few, write_json
 def main(argv=None) -> int: # arguments without the program's name; default: the command line
     "Run one command; the exit status."
     _quiet()
-    try: args = parser(_own_of(sys.argv[1:] if argv is None else argv)).parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    try: args = parser(_own_of(words), not _of_a_queue(words)).parse_args(argv)
     except SystemExit as e: return e.code or 0
     except InputError as e: return _fail(e, 2)
     try:
@@ -95,22 +98,28 @@ def _loaded(config):
         said = "; ".join(text.rstrip(".") for text in (first, *more[:2]))
         raise InputError(said + f"; and {len(more) - 2} more" * (len(more) > 2)) from None
 
-def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
-    "dualreal train: folders in, an adapter out."
+def _refused(config, watch) -> tuple: # the settings, as the run has them; its adapter, if nothing is to be done
+    "`InputError` for what is refused without PyTorch."
     settings.checked(config)
     if watch.score_previews and not config.preview_every:
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.base import base_size, fetch_adapter, find_sizes, video_size
     from dualreal.store import adapter_info, as_begun, begun, check_out, check_same
     config = as_begun(config)
-    if done := check_out(config.out, config.resume, config.steps):
-        return print(f"{config.out}: {_ended(config, done)}; nothing to do")
+    if done := check_out(config.out, config.resume, config.steps): return config, done
     if config.init and not begun(config.out): adapter_info(fetch_adapter(config.init))
     _loaded(config)
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
     video_size(folder, whole)
     settings.trackers_of(config)
+    return config, None
+
+def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig, queue:settings.QueueConfig):
+    "dualreal train: folders in, an adapter out."
+    if queue.cases: return _run_queue(config, watch, queue)
+    config, done = _refused(config, watch)
+    if done: return print(f"{config.out}: {_ended(config, done)}; nothing to do")
     log = watch.log and _step_log(watch.log)
     _alive()
     from dualreal.trainer import train  # with PyTorch: what was refused did not wait for it
@@ -178,6 +187,41 @@ def _step_log(path):
         if not run.accelerator.is_main_process: return
         with open(path, "a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
     return write
+
+# %% ../nbs/52_cli.ipynb
+def _run_queue(config, watch, queue):
+    if watch.log: raise InputError("--log: is for one run; with --cases each run has its numbers in run.json")
+    settings.checked(queue)
+    from dualreal.experiments.queue import read_cases, run_cases
+    cases = read_cases(queue.cases, config)
+    _alive()
+    words = [word for one in (config, watch, queue) for word in settings.as_flags(one)]
+    how = dict(workers=queue.workers, command=[sys.executable, "-m", "dualreal.cli", "train", *words])
+    failed = run_cases(cases, partial(_train_queued, watch), partial(_check_queued, watch), **how)
+    if not failed: return
+    print(f"dualreal: {counted(len(failed), 'case')} of {len(cases)} failed; the same command tries again",
+          file=sys.stderr)
+    return 1
+
+def _check_queued(watch, config):
+    "`InputError` for a case that cannot be trained, or that has been, with other settings."
+    from dualreal.base import base_size, find_sizes
+    from dualreal.store import check_same
+    config, done = _refused(config, watch)
+    if not done: return
+    check_same(settings.completed(config, base_size(find_sizes(config.base))))
+    if done.parent != Path(config.out): raise InputError(f"{config.out}: {_ended(config, done)}")
+
+def _train_queued(watch, case):
+    "Train a case of a queue, with a bar on a terminal that goes when it ends."
+    from dualreal.experiments.queue import train_case
+    _no_bars()
+    score = _preview_scorer(watch.score_previews, case.config) if watch.score_previews else None
+    with tqdm(desc=case.name, leave=False, disable=None) as bar:
+        def step(run, row):
+            bar.total = run.end
+            bar.update(run.step - bar.n)
+        return train_case(case, step, score, _sentence)
 
 # %% ../nbs/52_cli.ipynb
 _SIZES = "height", "width", "frames", "steps", "guidance"
@@ -631,7 +675,7 @@ def _run_studio(config:settings.StudioConfig):
 # %% ../nbs/52_cli.ipynb
 _COMMANDS = {
     _run_demo: [settings.DemoConfig], _run_check: [settings.CheckConfig],
-    _run_train: [settings.TrainConfig, settings.WatchConfig], _run_generate: [settings.GenerateConfig],
+    _run_train: [settings.TrainConfig, settings.WatchConfig, settings.QueueConfig], _run_generate: [settings.GenerateConfig],
     _run_evaluate: [settings.EvaluateConfig], _run_bench: [settings.BenchConfig],
     _run_inspect: [settings.InspectConfig], _run_convert: [settings.ConvertConfig],
     _run_card: [settings.CardConfig], _run_push: [settings.PushConfig],
@@ -663,7 +707,11 @@ def _own_of(words) -> dict: # of the command line
     own = {k: getattr(size, k) for k in known}
     return settings.PUBLISHED | own | size.training
 
-def parser(own:dict=None # defaults of training that are known
+def _of_a_queue(words): # whose file may say what must be said
+    return words[:1] == ["train"] and any(word.split("=")[0] == "--cases" for word in words)
+
+def parser(own:dict=None, # defaults of training that are known
+           strict=True    # see `settings.add_flags`
           ) -> argparse.ArgumentParser:
     "All commands and their flags."
     from dualreal import __version__
@@ -675,7 +723,7 @@ def parser(own:dict=None # defaults of training that are known
     for run, classes in _COMMANDS.items():
         name, text = run.__doc__.removeprefix("dualreal ").split(": ", 1)
         p = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for cls in classes: settings.add_flags(p, cls, own if cls is settings.TrainConfig else None)
+        for cls in classes: settings.add_flags(p, cls, own if cls is settings.TrainConfig else None, strict)
         p.set_defaults(run=run, takes=classes)
     return top
 

@@ -4,12 +4,13 @@
 
 # %% auto 0
 __all__ = ['PUBLISHED', 'MAY_DIFFER', 'option', 'checked', 'BaseSize', 'TrainConfig', 'gigabytes', 'trackers_of', 'completed',
-           'WatchConfig', 'CheckConfig', 'GenerateConfig', 'EvaluateConfig', 'BenchConfig', 'InspectConfig',
-           'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig', 'StudioConfig', 'add_flags', 'from_flags',
-           'as_flags']
+           'WatchConfig', 'QueueConfig', 'CheckConfig', 'GenerateConfig', 'EvaluateConfig', 'BenchConfig',
+           'InspectConfig', 'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig', 'StudioConfig', 'add_flags',
+           'from_flags', 'as_flags', 'changed']
 
 # %% ../nbs/10_settings.ipynb
 import argparse
+import difflib
 import importlib.util
 import math
 import re
@@ -253,6 +254,14 @@ class WatchConfig:
         "alone): those of the base", unset="no scores",
         shown="SET", bare="auto", choices=("auto", "toy", "published"))
 
+@dataclass
+class QueueConfig:
+    "Many trainings instead of one."
+    cases: str | None = option(None, "a queue of cases, any setting for each (.yaml, .json or .jsonl); what is "
+                               "said beside it holds for all; runs go to DIR/NAME, and go on where they were",
+                               unset="one run", shown="FILE")
+    workers: int = option(1, "of --cases: trainings at a time, each in a process", least=1)
+
 # %% ../nbs/10_settings.ipynb
 @dataclass
 class CheckConfig:
@@ -414,19 +423,21 @@ class StudioConfig:
 
 # %% ../nbs/10_settings.ipynb
 def add_flags(parser:argparse.ArgumentParser, cls,
-              own:dict=None): # defaults that are known, as those of a base
+              own:dict=None, # defaults that are known, as those of a base
+              strict=True):  # whether what has no default must be said
     "An argument for each setting of a class; what is not said stays out of what the parser finds."
     for one in fields(cls):
         told, how = one.metadata, dict(help=_help(one, (own or {}).get(one.name)))
         if told["place"]: parser.add_argument(one.name, **how, **_value(one))
         else:
             how |= dict(dest=one.name, default=argparse.SUPPRESS)
-            if one.default is MISSING: how["required"] = True
+            if one.default is MISSING: how["required"] = strict
             parser.add_argument(_flag(one), **how, **_value(one))
 
 def from_flags(cls, found:argparse.Namespace): # found: by a parser with these flags
-    "The settings that were said."
-    return cls(**{one.name: getattr(found, one.name) for one in fields(cls) if hasattr(found, one.name)})
+    "The settings that were said; None for one that must be, where it was not."
+    said = lambda one: hasattr(found, one.name) or one.default is MISSING and not callable(one.default_factory)
+    return cls(**{one.name: getattr(found, one.name, None) for one in fields(cls) if said(one)})
 
 def _kind(one): return (get_args(one.type) or (one.type,))[0] # without `| None`
 
@@ -465,9 +476,32 @@ def as_flags(config) -> list[str]:
     said = []
     for one in fields(config):
         value, flag = getattr(config, one.name), _flag(one)
-        if value == one.default: continue
+        if value == one.default or value is None: continue # no flag says None
         if one.metadata["place"]: said.append(str(value))
         elif _kind(one) is list: said += [f"{flag}={x}" for x in value]
         elif _kind(one) is not bool: said.append(f"{flag}={value}") # =: a value may begin with a dash
         else: said.append(flag if value or one.default is True else flag.replace("--", "--no-"))
     return said
+
+# %% ../nbs/10_settings.ipynb
+def changed(config, told:dict): # told: name of a setting or flag -> value, as JSON and YAML have them
+    "The settings with some of them changed; `InputError` for a name, or a kind of value, that is not theirs."
+    known = {_flag(one).removeprefix("--").removeprefix("no-"): one for one in fields(config)}
+    known = {k.replace("-", "_"): one for k, one in known.items()} | {one.name: one for one in fields(config)}
+    said = {str(k).replace("-", "_"): v for k, v in told.items()}
+    for name in said.keys() - known.keys():
+        near = difflib.get_close_matches(name, known, 1)
+        raise InputError(f"{name}: is no setting" + "".join(f"; did you mean {x}?" for x in near))
+    return replace(config, **{known[k].name: _of_kind(known[k], v) for k, v in said.items()})
+
+def _of_kind(one, value):
+    "The value of a setting, read as its flag would read it."
+    kind, number = _kind(one), type(value) in (int, float)
+    if value is None and one.default is None or type(value) is kind: return value
+    if kind is list and isinstance(value, str): return [value]
+    if kind is str and number: return f"{value}"
+    try: # YAML reads 1e-3 as a word
+        if kind is float and (number or isinstance(value, str)): return float(value)
+    except ValueError: pass
+    what = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}[kind]
+    raise InputError(f"{one.name} {value!r}: give {what}")
