@@ -29,8 +29,7 @@ from .core import InputError, counted, few, write_json
 def main(argv=None) -> int: # arguments without the program's name; default: the command line
     "Run one command; the exit status."
     _quiet()
-    words = sys.argv[1:] if argv is None else argv
-    try: args = parser(_own_of(words), not _of_a_queue(words)).parse_args(argv)
+    try: args = parser(_own_of(sys.argv[1:] if argv is None else argv)).parse_args(argv)
     except SystemExit as e: return e.code or 0
     except InputError as e: return _fail(e, 2)
     try:
@@ -686,8 +685,12 @@ class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, like every other mistake; the usage is a `--help` away."
     def error(self, message): self.exit(2, f"dualreal: {message} (see {self.prog} --help)\n")
 
+    filed = None # the flag of a file that may say what must be said
+
     def parse_known_args(self, args=None, namespace=None):
         "A command says itself what it does not know; the main parser would not know its options."
+        if any(word.split("=")[0] == self.filed for word in args or ()):
+            for action in self._actions: action.required = False
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
@@ -707,11 +710,7 @@ def _own_of(words) -> dict: # of the command line
     own = {k: getattr(size, k) for k in known}
     return settings.PUBLISHED | own | size.training
 
-def _of_a_queue(words): # whose file may say what must be said
-    return words[:1] == ["train"] and any(word.split("=")[0] == "--cases" for word in words)
-
-def parser(own:dict=None, # defaults of training that are known
-           strict=True    # see `settings.add_flags`
+def parser(own:dict=None # defaults of training that are known
           ) -> argparse.ArgumentParser:
     "All commands and their flags."
     from dualreal import __version__
@@ -723,7 +722,8 @@ def parser(own:dict=None, # defaults of training that are known
     for run, classes in _COMMANDS.items():
         name, text = run.__doc__.removeprefix("dualreal ").split(": ", 1)
         p = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for cls in classes: settings.add_flags(p, cls, own if cls is settings.TrainConfig else None, strict)
+        for cls in classes: settings.add_flags(p, cls, own if cls is settings.TrainConfig else None)
+        if settings.QueueConfig in classes: p.filed = "--cases"
         p.set_defaults(run=run, takes=classes)
     return top
 

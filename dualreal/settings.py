@@ -423,15 +423,14 @@ class StudioConfig:
 
 # %% ../nbs/10_settings.ipynb
 def add_flags(parser:argparse.ArgumentParser, cls,
-              own:dict=None, # defaults that are known, as those of a base
-              strict=True):  # whether what has no default must be said
+              own:dict=None): # defaults that are known, as those of a base
     "An argument for each setting of a class; what is not said stays out of what the parser finds."
     for one in fields(cls):
         told, how = one.metadata, dict(help=_help(one, (own or {}).get(one.name)))
         if told["place"]: parser.add_argument(one.name, **how, **_value(one))
         else:
             how |= dict(dest=one.name, default=argparse.SUPPRESS)
-            if one.default is MISSING: how["required"] = strict
+            if one.default is MISSING: how["required"] = True
             parser.add_argument(_flag(one), **how, **_value(one))
 
 def from_flags(cls, found:argparse.Namespace): # found: by a parser with these flags

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,10 +140,11 @@ def test_no_checkpoint_to_go_on_from(home, ended, tmp_path, capsys):  # noqa: F8
     for file in (out / "checkpoints").rglob("state.pt"): file.write_bytes(b"half")
     before = tree(out)
     more = command(short(home, out, steps=6, resume=True))
-    assert main(more) == 2 and "no checkpoint of this run is whole" in capsys.readouterr().err.splitlines()[-1]
-    assert tree(out) == before
+    assert main(more) == 2 and tree(out) == before
+    assert "no checkpoint of this run is whole" in capsys.readouterr().err.splitlines()[-1]
     shutil.rmtree(out / "checkpoints")
-    assert main(more) == 2 and f"begin another run from its adapter with --init {out}" in capsys.readouterr().err
+    assert main(more) == 2
+    assert f"begin another run from its adapter with --init {out}" in capsys.readouterr().err
     assert main(command(short(home, out, steps=4, resume=True))) == 0
 
 
@@ -287,12 +289,12 @@ def listed(home, tmp_path, **more):  # noqa: F811
     rows = [dict(one, name="first"), dict(name="broken", identity=f"{home / 'nowhere'}"),
             dict(one, name="last", **{"batch-motion": 1})]
     (tmp_path / "cases.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return [*command(short(home, tmp_path / "runs", identity=None, steps=2)),
+    return [*command(replace(short(home, tmp_path / "runs", steps=2), identity=None)),
             "--cases", f"{tmp_path / 'cases.jsonl'}"]
 
 
 def test_a_queue(home, tmp_path, capsys, monkeypatch):  # noqa: F811
-    "A line for each, a table, status 1; each run is what its own command makes; the next start finds it done."
+    "A line each, a table, status 1; a run is what its own command makes; the next start finds it done."
     words = listed(home, tmp_path)
     assert main(words) == 1
     told = capsys.readouterr()
@@ -314,9 +316,9 @@ def test_a_queue(home, tmp_path, capsys, monkeypatch):  # noqa: F811
 
 def test_a_queue_that_cannot_be(home, tmp_path, capsys):  # noqa: F811
     words = listed(home, tmp_path)
-    for wrong, says in ((["--log", "x"], "--log: is for one run"), (["--workers", "0"], "workers 0: give at least 1"),
-                        (["--cases", "none.yaml"], "none.yaml: cannot be read"), (["--nothing"], "unrecognized")):
-        assert main([*words, *wrong]) == 2
+    for wrong, says in (("--log x", "--log: is for one run"), ("--workers 0", "workers 0: give at least 1"),
+                        ("--cases none.yaml", "none.yaml: cannot be read"), ("--nothing", "unrecognized")):
+        assert main([*words, *wrong.split()]) == 2
         assert says in capsys.readouterr().err
     assert main(["train", "--identity", "x"]) == 2 and "--motion, --out" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
