@@ -97,7 +97,7 @@ def _loaded(config):
         said = "; ".join(text.rstrip(".") for text in (first, *more[:2]))
         raise InputError(said + f"; and {len(more) - 2} more" * (len(more) > 2)) from None
 
-def _refused(config, watch) -> tuple: # the settings, as the run has them; its adapter, if nothing is to be done
+def _refused(config, watch) -> tuple: # the run's settings; its adapter, if nothing is to be done
     "`InputError` for what is refused without PyTorch."
     settings.checked(config)
     if watch.score_previews and not config.preview_every:
@@ -674,7 +674,8 @@ def _run_studio(config:settings.StudioConfig):
 # %% ../nbs/52_cli.ipynb
 _COMMANDS = {
     _run_demo: [settings.DemoConfig], _run_check: [settings.CheckConfig],
-    _run_train: [settings.TrainConfig, settings.WatchConfig, settings.QueueConfig], _run_generate: [settings.GenerateConfig],
+    _run_train: [settings.TrainConfig, settings.WatchConfig, settings.QueueConfig],
+    _run_generate: [settings.GenerateConfig],
     _run_evaluate: [settings.EvaluateConfig], _run_bench: [settings.BenchConfig],
     _run_inspect: [settings.InspectConfig], _run_convert: [settings.ConvertConfig],
     _run_card: [settings.CardConfig], _run_push: [settings.PushConfig],

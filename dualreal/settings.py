@@ -200,8 +200,8 @@ class TrainConfig:
     precision: str | None = option(None, "of the frozen base", unset="bfloat16; on the CPU float32",
                                    choices=("float32", "bfloat16", "float16"))
     cache: str | None = option(None, "folder of encoded results", "", "~/.cache/dualreal", same=True)
-    resume: bool = option(False, "continue from the newest checkpoint; with more --steps also a finished run: "
-                          "the added steps are a course of their own, warm-up and schedule begin anew",
+    resume: bool = option(False, "continue from the newest checkpoint; with more --steps also a finished "
+                          "run: the added steps are a course of their own, warm-up and schedule begin anew",
                           same=True)
 
 # %% ../nbs/10_settings.ipynb
@@ -257,8 +257,8 @@ class WatchConfig:
 @dataclass
 class QueueConfig:
     "Many trainings instead of one."
-    cases: str | None = option(None, "a queue of cases, any setting for each (.yaml, .json or .jsonl); what is "
-                               "said beside it holds for all; runs go to DIR/NAME, and go on where they were",
+    cases: str | None = option(None, "a queue of cases, any setting for each (.yaml, .json or .jsonl); what "
+                               "is said beside it holds for all; runs go to DIR/NAME, and go on where they were",
                                unset="one run", shown="FILE")
     workers: int = option(1, "of --cases: trainings at a time, each in a process", least=1)
 
@@ -435,8 +435,9 @@ def add_flags(parser:argparse.ArgumentParser, cls,
 
 def from_flags(cls, found:argparse.Namespace): # found: by a parser with these flags
     "The settings that were said; None for one that must be, where it was not."
-    said = lambda one: hasattr(found, one.name) or one.default is MISSING and not callable(one.default_factory)
-    return cls(**{one.name: getattr(found, one.name, None) for one in fields(cls) if said(one)})
+    due = lambda one: one.default is MISSING and one.default_factory is MISSING
+    said = [one.name for one in fields(cls) if hasattr(found, one.name) or due(one)]
+    return cls(**{name: getattr(found, name, None) for name in said})
 
 def _kind(one): return (get_args(one.type) or (one.type,))[0] # without `| None`
 
@@ -502,5 +503,5 @@ def _of_kind(one, value):
     try: # YAML reads 1e-3 as a word
         if kind is float and (number or isinstance(value, str)): return float(value)
     except ValueError: pass
-    what = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}[kind]
-    raise InputError(f"{one.name} {value!r}: give {what}")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    raise InputError(f"{one.name} {value!r}: give {words[kind]}")

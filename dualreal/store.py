@@ -208,8 +208,8 @@ def _longer(out, steps): # out: of a finished run
     if steps is None: return False
     known = begun(out).get("steps")
     if known is None and steps > json.loads((out/"run.json").read_text(encoding="utf-8"))["config"]["steps"]:
-        raise InputError(f"{out}: no checkpoint of this finished run is left to go on from; begin another run "
-                         f"from its adapter with --init {out}")
+        raise InputError(f"{out}: no checkpoint of this finished run is left to go on from; begin another "
+                         f"run from its adapter with --init {out}")
     return known is not None and steps > known
 
 @contextmanager

@@ -367,7 +367,8 @@ METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
             for k, values in SWEEPS.items() for v in values}
 
 # %% ../../nbs/40_baselines.ipynb
-_OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache", "resume", "init", "init_side"}
+_OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache", "resume", "init",
+                "init_side"}
 _OF_THE_RUN = {"samples", "save_every", "keep", "preview_every", "trackers"} # change no result
 
 def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
