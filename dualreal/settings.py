@@ -258,7 +258,8 @@ class WatchConfig:
 class QueueConfig:
     "Many trainings instead of one."
     cases: str | None = option(None, "a queue of cases, any setting for each (.yaml, .json or .jsonl); what "
-                               "is said beside it holds for all; runs go to DIR/NAME, and go on where they were",
+                               "is said beside it holds for all; runs go to DIR/NAME, "
+                               "and go on where they were",
                                unset="one run", shown="FILE")
     workers: int = option(1, "of --cases: trainings at a time, each in a process", least=1)
 
