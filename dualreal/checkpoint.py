@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['adapter_tensors', 'published_state', 'Adapter', 'write_adapter', 'save_adapter', 'read_adapter', 'load_adapter',
-           'folded']
+           'check_start', 'take_over', 'origin_of', 'folded']
 
 # %% ../nbs/21_checkpoint.ipynb
 import json
@@ -20,7 +20,7 @@ from .bottleneck import BottleneckPair
 from .core import InputError, atomic_path, few
 from .family import experts_of, families, family_of
 from .stageblender import FixedBlend, StageBlender
-from .store import FILE, PICKLES, adapter_info, find_adapter, why_unread
+from .store import FILE, PICKLES, adapter_info, find_adapter, fingerprint, why_unread
 from .tuner import AttentionSite, DualRealConfig, Site, adapted, conductor_of
 
 # %% ../nbs/21_checkpoint.ipynb
@@ -303,6 +303,45 @@ def _alike(transformer, existing, config, known):
     return isinstance(existing, DualRealConfig) and \
         _expected_shapes(transformer, existing) == _expected_shapes(transformer, config) and \
         all(getattr(existing, k) == getattr(config, k) for k in ("scale", *known))
+
+# %% ../nbs/21_checkpoint.ipynb
+_SHORT = {d: short for short, d in _DIMENSION.items()}
+
+def check_start(transformer,     # of the base; a blank one will do
+                adapter:Adapter,
+                side:str,        # "both", "identity" or "motion": what is taken
+                known:dict):     # rank, groups, condition_dim, scale, controller of the run, as far as known
+    "`InputError` if a run with these settings cannot begin from the adapter."
+    _check_base(transformer, adapter)
+    theirs, ours = adapter.info.get("member"), family_of(transformer).member(transformer.config)
+    if theirs not in (None, ours):
+        raise InputError(f"{adapter.source}: made for {theirs}, and this base is {ours}")
+    has, sides = adapter.settings, [d for d in _SHORT if side in ("both", d)]
+    if lost := [d for d in sides if not has[d]]:
+        raise InputError(f"{adapter.source}: has no {lost[0]} side; say with --init-side what it shall give")
+    needed = ["rank"] + ["condition_dim"] * ("motion" in sides)
+    if side == "both": needed += ["scale", "controller"] + ["groups"] * has["controller"]
+    if wrong := [k for k in needed if k in known and known[k] != has[k]]:
+        said = lambda settings: ", ".join(f"{_SAID.get(k, k)} {settings[k]}" for k in wrong)
+        raise InputError(f"{adapter.source}: was trained with {said(has)}, and this run has {said(known)}: "
+                         "a run begins with the same")
+
+_SAID = dict(condition_dim="channels of the reference (--reference-encoder)", controller="--controller")
+
+@torch.no_grad()
+def take_over(transformer, # with a DualReal adapter, or a pipeline
+              adapter:Adapter, side:str="both"): # see `check_start`
+    "Copy the adapter's weights, or those of one side, into the attached one."
+    own = adapter_tensors(transformer)
+    names = [k for k in own if side == "both" or f".{_SHORT[side]}_" in k]
+    wrong = [k for k in names if k not in adapter.tensors or adapter.tensors[k].shape != own[k].shape]
+    if wrong: raise InputError(f"{adapter.source}: lacks {few(wrong)}, or has it in another shape")
+    for k in names: own[k].copy_(adapter.tensors[k])
+
+def origin_of(adapter:Adapter, side:str) -> dict:
+    "What the record of such a run says of the adapter that it began from."
+    known = {k: adapter.info[k] for k in ("base", "subject", "motion", "steps_done") if k in adapter.info}
+    return dict(known, adapter=str(adapter.source), side=side, checksum=fingerprint(adapter.source))
 
 # %% ../nbs/21_checkpoint.ipynb
 def folded(tensors:dict,  # of an adapter, published names

@@ -20,6 +20,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from . import settings
 from .core import InputError, counted, few, write_json
 
@@ -95,21 +97,28 @@ def _loaded(config):
         said = "; ".join(text.rstrip(".") for text in (first, *more[:2]))
         raise InputError(said + f"; and {len(more) - 2} more" * (len(more) > 2)) from None
 
-def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
-    "dualreal train: folders in, an adapter out."
+def _refused(config, watch) -> tuple: # the run's settings; its adapter, if nothing is to be done
+    "`InputError` for what is refused without PyTorch."
     settings.checked(config)
     if watch.score_previews and not config.preview_every:
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
-    from dualreal.base import base_size, find_sizes, video_size
-    from dualreal.store import check_out, check_same
-    if check_out(config.out, config.resume):
-        print(f"{config.out}: this run is finished already; nothing to do")
-        return
+    from dualreal.base import base_size, fetch_adapter, find_sizes, video_size
+    from dualreal.store import adapter_info, as_begun, begun, check_out, check_same
+    config = as_begun(config)
+    if done := check_out(config.out, config.resume, config.steps): return config, done
+    if config.init and not begun(config.out): adapter_info(fetch_adapter(config.init))
     _loaded(config)
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
     video_size(folder, whole)
     settings.trackers_of(config)
+    return config, None
+
+def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig, queue:settings.QueueConfig):
+    "dualreal train: folders in, an adapter out."
+    if queue.cases: return _run_queue(config, watch, queue)
+    config, done = _refused(config, watch)
+    if done: return print(f"{config.out}: {_ended(config, done)}; nothing to do")
     log = watch.log and _step_log(watch.log)
     _alive()
     from dualreal.trainer import train  # with PyTorch: what was refused did not wait for it
@@ -122,6 +131,10 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     if config.samples: print(f"videos         {path.parent/'samples'}")
     _say_next(path.parent, config)
     _say_best(path.parent)
+
+def _ended(config, adapter): # adapter: of the run, as far as it is
+    if adapter.parent == Path(config.out): return "this run is finished already"
+    return f"this run was begun with more than {config.steps} steps; without --steps it is continued"
 
 def _warn(config):
     "What is not used, what `check` would warn of without reading a file, and what is going to happen."
@@ -218,6 +231,44 @@ def _run_conflict(config:settings.ConflictConfig):
     print(f"report     {out/'conflict.json'}\nfigure     {out/'conflict.png'}\nvideos     {out/'videos'}")
 
 def _score(x): return "–" if x is None else f"{x:.2f}"
+=======
+Many cases are one command, too: [the queue](47_queue.ipynb) reads them, here each is checked, trained and told of in a line. What can be refused is refused before the first is trained.
+
+# %% ../nbs/52_cli.ipynb
+def _run_queue(config, watch, queue):
+    if watch.log: raise InputError("--log: is for one run; with --cases each run has its numbers in run.json")
+    settings.checked(queue)
+    from dualreal.experiments.queue import read_cases, run_cases
+    cases = read_cases(queue.cases, config)
+    _alive()
+    words = [word for one in (config, watch, queue) for word in settings.as_flags(one)]
+    how = dict(workers=queue.workers, command=[sys.executable, "-m", "dualreal.cli", "train", *words])
+    failed = run_cases(cases, partial(_train_queued, watch), partial(_check_queued, watch), **how)
+    if not failed: return
+    print(f"dualreal: {counted(len(failed), 'case')} of {len(cases)} failed; the same command tries again",
+          file=sys.stderr)
+    return 1
+
+def _check_queued(watch, config):
+    "`InputError` for a case that cannot be trained, or that has been, with other settings."
+    from dualreal.base import base_size, find_sizes
+    from dualreal.store import check_same
+    config, done = _refused(config, watch)
+    if not done: return
+    check_same(settings.completed(config, base_size(find_sizes(config.base))))
+    if done.parent != Path(config.out): raise InputError(f"{config.out}: {_ended(config, done)}")
+
+def _train_queued(watch, case):
+    "Train a case of a queue, with a bar on a terminal that goes when it ends."
+    from dualreal.experiments.queue import train_case
+    _no_bars()
+    score = _preview_scorer(watch.score_previews, case.config) if watch.score_previews else None
+    with tqdm(desc=case.name, leave=False, disable=None) as bar:
+        def step(run, row):
+            bar.total = run.end
+            bar.update(run.step - bar.n)
+        return train_case(case, step, score, _sentence)
+>>>>>>> theirs
 
 # %% ../nbs/52_cli.ipynb
 _SIZES = "height", "width", "frames", "steps", "guidance"
@@ -671,7 +722,8 @@ def _run_studio(config:settings.StudioConfig):
 # %% ../nbs/52_cli.ipynb
 _COMMANDS = {
     _run_demo: [settings.DemoConfig], _run_check: [settings.CheckConfig],
-    _run_train: [settings.TrainConfig, settings.WatchConfig], _run_generate: [settings.GenerateConfig],
+    _run_train: [settings.TrainConfig, settings.WatchConfig, settings.QueueConfig],
+    _run_generate: [settings.GenerateConfig],
     _run_compose: [settings.ComposeConfig], _run_conflict: [settings.ConflictConfig],
     _run_evaluate: [settings.EvaluateConfig], _run_bench: [settings.BenchConfig],
     _run_inspect: [settings.InspectConfig], _run_convert: [settings.ConvertConfig],
@@ -683,8 +735,12 @@ class _Parser(argparse.ArgumentParser):
     "Says what is wrong in one line, like every other mistake; the usage is a `--help` away."
     def error(self, message): self.exit(2, f"dualreal: {message} (see {self.prog} --help)\n")
 
+    filed = None # the flag of a file that may say what must be said
+
     def parse_known_args(self, args=None, namespace=None):
         "A command says itself what it does not know; the main parser would not know its options."
+        if any(word.split("=")[0] == self.filed for word in args or ()):
+            for action in self._actions: action.required = False
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
@@ -717,6 +773,7 @@ def parser(own:dict=None # defaults of training that are known
         name, text = run.__doc__.removeprefix("dualreal ").split(": ", 1)
         p = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for cls in classes: settings.add_flags(p, cls, own if cls is settings.TrainConfig else None)
+        if settings.QueueConfig in classes: p.filed = "--cases"
         p.set_defaults(run=run, takes=classes)
     return top
 

@@ -256,6 +256,7 @@ class Plan:
     offload: bool = False    # inputs of checkpointed blocks wait in main memory
     streamed: int = 0        # frozen weights of the first so many blocks wait in main memory
     eight_bit: bool = False  # optimiser states
+    averaged: bool = False   # a moving average of what learns is kept beside it
     fp8: bool = False        # APPROXIMATE: frozen weights
     budget: int = 0          # bytes it was made for
     parts: tuple = ()        # ((what, predicted bytes), ...)
@@ -314,6 +315,7 @@ class _Needs:
         if plan.fp8: block -= saved
         resident = self.blocks - plan.streamed + (2 if plan.streamed else 0)
         state = self.trainable * (4 + 4 + (2 if plan.eight_bit else 8)) # values, gradients, optimiser
+        state += self.trainable * 4 * plan.averaged # while it is saved, a copy takes the gradients' place
         weights, state = (n * self.experts for n in (resident*block + rest, state))
         parts = dict(weights=weights, adapter=state, activations=self.activations(plan))
         return replace(plan, parts=tuple(parts.items()))
@@ -380,10 +382,12 @@ def plan(transformer,       # with its adapter; may be on the meta device
          memory="auto",     # budget in gigabytes, or "auto"
          device="cpu",      # where it will run
          eight_bit=False, fp8=False,
-         experts:int=1) -> Plan: # transformers alike, of which one works at a time
+         experts:int=1,     # transformers alike, of which one works at a time
+         averaged=False) -> Plan: # as in `Plan`
     "The fastest plan that fits; `InputError` where none does."
     budget, need = _budget_bytes(memory, device), replace(needs(transformer, size), experts=experts)
-    made = (need.of(replace(c, eight_bit=eight_bit, fp8=fp8, budget=budget)) for c in _candidates(need.blocks)
+    asked = dict(eight_bit=eight_bit, fp8=fp8, averaged=averaged, budget=budget)
+    made = (need.of(replace(c, **asked)) for c in _candidates(need.blocks)
             if not (fp8 and c.everything)) # fp8 weights are only there while a block runs
     for one in made:
         if one.bytes <= _usable(budget, device): return one
@@ -412,7 +416,8 @@ def place(pipe, config, device) -> Plan | None: # config: of `TrainConfig`, comp
         stride = family_of(pipe).stride(pipe.vae.config)
         size = StepSize(config.height, config.width, config.frames, config.micro_batch, stride)
         first = next((one for one in some if attached(one)), some[0])
-        made = plan(first, size, config.memory, device, config.eight_bit, config.fp8, len(some))
+        made = plan(first, size, config.memory, device, config.eight_bit, config.fp8, len(some),
+                    bool(config.ema))
         for one in some: apply(one, made, device)
     else:
         if thrifty is None: thrifty = device.type != "cpu"

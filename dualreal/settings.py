@@ -4,12 +4,13 @@
 
 # %% auto 0
 __all__ = ['PUBLISHED', 'MAY_DIFFER', 'option', 'checked', 'BaseSize', 'TrainConfig', 'gigabytes', 'trackers_of', 'completed',
-           'WatchConfig', 'CheckConfig', 'GenerateConfig', 'ComposeConfig', 'EvaluateConfig', 'ConflictConfig',
-           'BenchConfig', 'InspectConfig', 'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig', 'StudioConfig',
-           'add_flags', 'from_flags', 'as_flags']
+           'WatchConfig', 'QueueConfig', 'CheckConfig', 'GenerateConfig', 'ComposeConfig', 'EvaluateConfig',
+           'ConflictConfig', 'BenchConfig', 'InspectConfig', 'ConvertConfig', 'CardConfig', 'PushConfig', 'DemoConfig',
+           'StudioConfig', 'add_flags', 'from_flags', 'as_flags', 'changed']
 
 # %% ../nbs/10_settings.ipynb
 import argparse
+import difflib
 import importlib.util
 import math
 import re
@@ -124,7 +125,14 @@ class TrainConfig:
                                          unset="those of the folder", label="Subject")
     motion_prompt: str | None = option(None, 'one caption for all clips, e.g. "a person is playing guitar"',
                                        unset="those of the folder", label="Motion")
-    steps: int | None = option(None, "optimisation steps", "steps", _own("steps"), least=1)
+    steps: int | None = option(None, "optimisation steps", "steps",
+                               f"{_own('steps')}; with --resume the run's own", least=1)
+    init: str | None = option(None, "begin from a trained adapter: a run, a file, or owner/name of the Hub; "
+                              "the reference stays that of this run's images", unset="fresh weights",
+                              shown="ADAPTER")
+    init_side: str = option("both", "both, identity or motion: what is taken of it; the other side begins "
+                            "fresh, and so does the controller, which comes with both only",
+                            choices=("both", "identity", "motion"))
     seed: int = option(42, "of everything random", least=0)
     rank: int | None = option(None, "width of the bottlenecks", "channels", _own("rank"), least=1)
     groups: int | None = option(None, "groups of blocks with weights of their own", "", _own("groups"),
@@ -150,6 +158,12 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "of AdamW", least=0)
     warmup: int | None = option(None, "first steps, in which the learning rate rises", "steps",
                                 "a fifth of all, at most 200", least=0)
+    lr_schedule: str = option("cosine_with_restarts", "how the learning rate goes on after the warm-up, to 0 "
+                              "except for constant; wsd: constant, and falling in the last fifth",
+                              choices=("cosine_with_restarts", "constant", "linear", "cosine", "wsd"),
+                              shown="NAME")
+    ema: float = option(0., "decay, as 0.99, of a moving average of the adapter, which is then what is saved "
+                        "and shown; 0: none", least=0, most=.99999)
     clip: float = option(1.0, "largest gradient norm", above=0)
     height: int | None = option(None, "of the frames", "pixels", _OWN, least=1)
     width: int | None = option(None, "of the frames", "pixels", _OWN, least=1)
@@ -186,7 +200,9 @@ class TrainConfig:
     precision: str | None = option(None, "of the frozen base", unset="bfloat16; on the CPU float32",
                                    choices=("float32", "bfloat16", "float16"))
     cache: str | None = option(None, "folder of encoded results", "", "~/.cache/dualreal", same=True)
-    resume: bool = option(False, "continue from the newest checkpoint", same=True)
+    resume: bool = option(False, "continue from the newest checkpoint; with more --steps also a finished "
+                          "run: the added steps are a course of their own, warm-up and schedule begin anew",
+                          same=True)
 
 # %% ../nbs/10_settings.ipynb
 def gigabytes(memory) -> float|None: # None: as many as there are, or no plan
@@ -217,6 +233,8 @@ def completed(config:TrainConfig, size:BaseSize) -> TrainConfig: # size: from `b
     if done.memory is not None and done.gradient_checkpointing is not None:
         raise InputError("memory and gradient_checkpointing: give one, the plan for the memory decides both")
     gigabytes(done.memory)
+    if done.init is None and done.init_side != "both":
+        raise InputError(f"init_side {done.init_side!r}: is said of an adapter; give --init ADAPTER, too")
     if done.coupling == "none": done.controller = False # it would learn in every step, of both sides
     if checked(done).coupling != "mutual" and not done.gradient_mask:
         raise InputError(f"coupling {done.coupling!r} needs the gradient mask: leave --no-mask out")
@@ -235,6 +253,15 @@ class WatchConfig:
         None, "measure previews and mark the best step, by toy or published networks; auto (and the flag "
         "alone): those of the base", unset="no scores",
         shown="SET", bare="auto", choices=("auto", "toy", "published"))
+
+@dataclass
+class QueueConfig:
+    "Many trainings instead of one."
+    cases: str | None = option(None, "a queue of cases, any setting for each (.yaml, .json or .jsonl); what "
+                               "is said beside it holds for all; runs go to DIR/NAME, "
+                               "and go on where they were",
+                               unset="one run", shown="FILE")
+    workers: int = option(1, "of --cases: trainings at a time, each in a process", least=1)
 
 # %% ../nbs/10_settings.ipynb
 @dataclass
@@ -458,8 +485,10 @@ def add_flags(parser:argparse.ArgumentParser, cls,
             parser.add_argument(_flag(one), **how, **_value(one))
 
 def from_flags(cls, found:argparse.Namespace): # found: by a parser with these flags
-    "The settings that were said."
-    return cls(**{one.name: getattr(found, one.name) for one in fields(cls) if hasattr(found, one.name)})
+    "The settings that were said; None for one that must be, where it was not."
+    due = lambda one: one.default is MISSING and one.default_factory is MISSING
+    said = [one.name for one in fields(cls) if hasattr(found, one.name) or due(one)]
+    return cls(**{name: getattr(found, name, None) for name in said})
 
 def _kind(one): return (get_args(one.type) or (one.type,))[0] # without `| None`
 
@@ -498,9 +527,32 @@ def as_flags(config) -> list[str]:
     said = []
     for one in fields(config):
         value, flag = getattr(config, one.name), _flag(one)
-        if value == one.default: continue
+        if value == one.default or value is None: continue # no flag says None
         if one.metadata["place"]: said.append(str(value))
         elif _kind(one) is list: said += [f"{flag}={x}" for x in value]
         elif _kind(one) is not bool: said.append(f"{flag}={value}") # =: a value may begin with a dash
         else: said.append(flag if value or one.default is True else flag.replace("--", "--no-"))
     return said
+
+# %% ../nbs/10_settings.ipynb
+def changed(config, told:dict): # told: name of a setting or flag -> value, as JSON and YAML have them
+    "The settings with some of them changed; `InputError` for a name, or a kind of value, that is not theirs."
+    known = {_flag(one).removeprefix("--").removeprefix("no-"): one for one in fields(config)}
+    known = {k.replace("-", "_"): one for k, one in known.items()} | {one.name: one for one in fields(config)}
+    said = {str(k).replace("-", "_"): v for k, v in told.items()}
+    for name in said.keys() - known.keys():
+        near = difflib.get_close_matches(name, known, 1)
+        raise InputError(f"{name}: is no setting" + "".join(f"; did you mean {x}?" for x in near))
+    return replace(config, **{known[k].name: _of_kind(known[k], v) for k, v in said.items()})
+
+def _of_kind(one, value):
+    "The value of a setting, read as its flag would read it."
+    kind, number = _kind(one), type(value) in (int, float)
+    if value is None and one.default is None or type(value) is kind: return value
+    if kind is list and isinstance(value, str): return [value]
+    if kind is str and number: return f"{value}"
+    try: # YAML reads 1e-3 as a word
+        if kind is float and (number or isinstance(value, str)): return float(value)
+    except ValueError: pass
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    raise InputError(f"{one.name} {value!r}: give {words[kind]}")

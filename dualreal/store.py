@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['FILE', 'PICKLES', 'fingerprint', 'check_writable', 'cache_folder', 'Store', 'find_adapter', 'adapter_info',
-           'why_unread', 'step_folders', 'check_out', 'own', 'check_same', 'compare', 'record_path', 'read_record']
+           'why_unread', 'step_folders', 'begun', 'check_out', 'own', 'as_begun', 'check_same', 'compare',
+           'record_path', 'read_record']
 
 # %% ../nbs/11_store.ipynb
 import hashlib
@@ -12,7 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -175,7 +176,16 @@ def step_folders(home) -> list[Path]:
     found = [p for p in Path(home).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
-def check_out(out, resume:bool) -> Path|None: # the adapter file of a finished run: nothing is left to do
+def begun(out) -> dict: # as JSON; {}: there is no checkpoint that can be read
+    "The settings with which the newest checkpoint of a run was made."
+    for folder in step_folders(Path(out)/"checkpoints"):
+        try: return adapter_info(folder/FILE).get("training", {})
+        except InputError: continue # who resumes names it
+    return {}
+
+def check_out(out, resume:bool,
+              steps:int=None # asked for; None: the run's own
+             ) -> Path|None: # an adapter of the run: nothing is left to do
     "`InputError` if `out` cannot be written, or holds a run and `resume` was not asked for."
     if Path(out).suffix in (".safetensors", ".pth"):
         raise InputError(f"{out}: --out is the folder of the run: leave {Path(out).suffix} off")
@@ -185,10 +195,22 @@ def check_out(out, resume:bool) -> Path|None: # the adapter file of a finished r
     if holds and not resume:
         raise InputError(f"{out} holds a run: continue it with --resume (resume=True) or give another --out")
     check_writable(out, "give another --out folder")
-    if not resume or not (out/"run.json").exists(): return None
-    if not adapters:
+    if not resume: return None
+    finished = (out/"run.json").exists()
+    if finished and not adapters:
         raise InputError(f"{out}: this run is finished, but its {FILE} is gone; give another --out")
-    return adapters[0]
+    if finished and not _longer(out, steps): return adapters[0]
+    known = begun(out).get("steps", 0)
+    return step_folders(out/"checkpoints")[0]/FILE if steps and steps < known else None
+
+def _longer(out, steps): # out: of a finished run
+    "Whether it is to be trained on; `InputError` if it cannot."
+    if steps is None: return False
+    known = begun(out).get("steps")
+    if known is None and steps > json.loads((out/"run.json").read_text(encoding="utf-8"))["config"]["steps"]:
+        raise InputError(f"{out}: no checkpoint of this finished run is left to go on from; begin another "
+                         f"run from its adapter with --init {out}")
+    return known is not None and steps > known
 
 @contextmanager
 def own(out): # the folder of a run
@@ -206,19 +228,30 @@ def own(out): # the folder of a run
         if not any(path.parent.iterdir()): path.parent.rmdir() # refused before it began
 
 # %% ../nbs/11_store.ipynb
-def check_same(config:TrainConfig):
-    "`InputError` if checkpoints are continued with settings other than those they were made with."
-    path = Path(config.out)/"config.json"
-    if not path.exists() or not step_folders(path.parent/"checkpoints"): return
-    try: before = dict(json.loads(path.read_text(encoding="utf-8")))
+def _asked(out): # the settings of a run, as JSON; {}: they are not there
+    path = Path(out)/"config.json"
+    try: return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as e:
         raise InputError(f"{path}: damaged; remove it, checkpoints know it too") from e
-    compare(config, before)
+
+def as_begun(config:TrainConfig) -> TrainConfig:
+    "On resume, steps and warm-up that are not said are those of the run."
+    if not config.resume: return config
+    known, own = begun(config.out), {}
+    if config.steps is None: own["steps"] = (_asked(config.out) or known).get("steps")
+    if config.warmup is None: own["warmup"] = known.get("warmup")
+    return replace(config, **own)
+
+def check_same(config:TrainConfig):
+    "`InputError` if checkpoints are continued with settings other than those they were made with."
+    before = _asked(config.out)
+    if before and step_folders(Path(config.out)/"checkpoints"): compare(config, before)
 
 def compare(config, before:dict): # before: the settings as JSON
     "`InputError` names the first setting that would make another run of it."
-    now, before = json.loads(json.dumps(asdict(config), default=str)), dict(coupling="mutual") | before
-    both = now.keys() & before.keys() - MAY_DIFFER
+    usual = {one.name: one.default for one in fields(config) if one.default not in (None, MISSING)}
+    now, before = json.loads(json.dumps(asdict(config), default=str)), dict(usual, init=None) | before
+    both = now.keys() & before.keys() - MAY_DIFFER - {"steps"} # which may be added
     for k in sorted(both, key=lambda k: (k != "coupling", k)): # first, because it may imply another
         if before[k] != now[k]:
             raise InputError(f"{config.out}: was started with {k}={before[k]!r}, not {now[k]!r}; "

@@ -20,20 +20,20 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm import tqdm
 
-from .backbone import load_base, load_reference_encoder
-from .base import base_family, base_size, find_sizes, video_size
-from .checkpoint import FILE, adapter_tensors
+from .backbone import load_base, load_reference_encoder, outline
+from .base import base_family, base_size, fetch_adapter, find_sizes, video_size
+from .checkpoint import FILE, Adapter, adapter_tensors, check_start, origin_of, read_adapter, take_over
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
 from .data import joint_prompt, load_case
 from .encode import encode_all
 from .family import experts_of
 from .figures import loss_figure, save_figure, tradeoff_figure
 from .generate import generate_all
-from .loop import Given, Run, dual_course, loop, take_up
+from .loop import Given, Run, averaged, dual_course, loop, take_up
 from .memory import advice, check_wishes, place
-from .resume import StopRequest, facts, restore, save_checkpoint, save_run, stop
+from .resume import StopRequest, facts, restore, save_checkpoint, save_run, set_aside, stop
 from .settings import TrainConfig, completed, trackers_of
-from .store import Store, cache_folder, check_out, check_same, own, read_record, record_path
+from .store import Store, as_begun, begun, cache_folder, check_out, check_same, own, read_record, record_path
 from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
 
@@ -51,7 +51,7 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     if not family.flow and (config.sigmas, config.shift) != ("uniform", None):
         raise InputError(f"sigmas and shift: {family.name} has no noise levels to draw, its times are whole")
     check_same(config)
-    size = video_size(folder, config)
+    size, init = video_size(folder, config), _begins_from(config)
     encoder = load_reference_encoder(config.reference_encoder, base=config.base)
     pipe = load_base(config.base, "cpu", dtype)
     known = {k: getattr(config, k) for k in ("rank", "groups", "scale", "controller")}
@@ -66,7 +66,18 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
                  prompts=prompts)
     files = {k: [str(item.path) for item in getattr(case, k)] for k in ("identity", "motion")}
-    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter)
+    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter, init)
+
+# %% ../nbs/27_trainer.ipynb
+def _begins_from(config) -> Adapter|None: # config: completed
+    "The adapter of `init`, if it fits; a checkpoint, where there is one, has gone on from it already."
+    if config.init is None or config.resume and begun(config.out): return None
+    blank, _, width = outline(config.base, torch.float32)
+    known = {k: getattr(config, k) for k in ("rank", "groups", "scale", "controller")}
+    if config.reference_encoder in (None, "none"):
+        known["condition_dim"] = None if config.reference_encoder else width
+    check_start(blank, adapter := read_adapter(fetch_adapter(config.init)), config.init_side, known)
+    return adapter
 
 # %% ../nbs/27_trainer.ipynb
 def _accelerator(config):
@@ -96,9 +107,11 @@ def prepare(config:TrainConfig, progress=True) -> Run:
     for expert in given.experts: expert.transformer.add_adapter(given.adapter)
     adapter = adapter_tensors(pipe)
     for p in adapter.values(): p.data = p.data.float()
+    if given.init: take_over(pipe, given.init, config.init_side)
     plan = place(pipe, config, given.accelerator.device)
     course = dual_course(pipe, config)
     run = Run(given, plan, adapter)
+    run.origin = given.init and origin_of(given.init, config.init_side)
     take_up(run, course)
     if run.plan and progress and given.accelerator.is_main_process:
         print(f"memory: the encoders have left; {run.plan}")
@@ -123,7 +136,7 @@ def _show(run:Run, home:Path, videos:Path, count:int, progress=False) -> list: #
     try:
         for i in tqdm(range(count), "videos", disable=not progress or not count):
             prompt, seed = prompts[i % len(prompts)], run.config.seed + i
-            made, = generate_all(run.pipe, [prompt], [seed], *given, progress=False)
+            with averaged(run): made, = generate_all(run.pipe, [prompt], [seed], *given, progress=False)
             record = made.record()
             video = write_video(videos/f"{i:02d}.mp4", made.frames, run.size.fps)
             write_json(record_path(video), record)
@@ -187,16 +200,25 @@ def train(config:TrainConfig,
           begin:Callable=None    # called with the run before its first step: it may change weights and course
          ) -> Path:              # the adapter file
     "Train one case; ends with the adapter, a loss plot, a contact sheet and run.json."
-    if done := check_out(config.out, config.resume): return done
+    config = as_begun(config)
+    if done := check_out(config.out, config.resume, config.steps): return done
     first = os.environ.get("RANK", "0") == "0" # of several processes, one owns the folder
     with own(config.out) if first else nullcontext(): return _train(config, on_step, progress, score, begin)
+
+def _restored(run): # the checkpoint used; None: afresh
+    if not run.config.resume: return None
+    if found := restore(run): return found
+    if not (run.out/"run.json").exists() and bool(run.config.init) == bool(run.origin): return None
+    raise InputError(f"{run.out}: no checkpoint of this run is whole; begin another one with another --out")
 
 def _train(config, on_step, progress, score, begin=None):
     run = prepare(config, progress)
     if begin is not None: begin(run)
     progress, main = progress and run.accelerator.is_main_process, run.accelerator.is_main_process
-    restored = restore(run) if config.resume else None
-    if main: write_json(run.out/"config.json", asdict(run.config))
+    restored = _restored(run)
+    if main:
+        write_json(run.out/"config.json", asdict(run.config))
+        if run.step < run.end and len(run.courses) > 1: set_aside(run.out, sum(run.courses[:-1]))
     if restored and progress: print(f"continuing from {restored}")
     run.accelerator.init_trackers("dualreal", {k: str(v) for k, v in asdict(run.config).items()})
     with _memory_said(run):

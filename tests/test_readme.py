@@ -70,6 +70,8 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "case/identity").rename(tmp_path / "photos")
     (tmp_path / "case/motion").rename(tmp_path / "clips")
     write_json(tmp_path / "mine.json", MINE)
+    two = [f"- {{name: {name}, identity: photos, motion: clips, seed: {i}}}\n" for i, name in enumerate("ab")]
+    (tmp_path / "cases.yaml").write_text("".join(two))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DUALREAL_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -43,12 +43,14 @@ def videos(run, prompts:list, seeds:list, batch:int=5, # run: `loop.Run`
     import torch
 
     from dualreal.generate import generate_all
+    from dualreal.loop import averaged
     size = {k: getattr(run.size, k) for k in ("height", "width", "frames", "steps", "guidance")}
     given = dict(steps=steps, guidance=guidance, frames=frames)
     size |= {k: v for k, v in given.items() if v is not None}
     run.pipe.vae.to(run.accelerator.device)
-    made = generate_all(run.pipe, prompts, seeds, run.given.texts, sized(run.pipe, **size),
-                        run.case.reference, batch=batch, progress=False)
+    with averaged(run):
+        made = generate_all(run.pipe, prompts, seeds, run.given.texts, sized(run.pipe, **size),
+                            run.case.reference, batch=batch, progress=False)
     weights = [one.weights for one in made]
     mean = None if weights[0] is None else torch.stack(weights).mean(0)
     return np.stack([one.frames for one in made]), mean
@@ -59,7 +61,7 @@ def _fits(value, hint) -> bool: # value: from JSON
     also = {float: (float, int), tuple: (list,)} # how JSON may write it
     return type(value) in {k for h in get_args(hint) or (hint,) for k in also.get(h, (h,))}
 
-_TRAINER = dict(memory=None, eight_bit=False, fp8=False, compile=False) # of DualReal's own set-up
+_TRAINER = dict(memory=None, eight_bit=False, fp8=False, compile=False, ema=0.) # of DualReal's own set-up
 
 @dataclass(frozen=True)
 class Method:
@@ -365,7 +367,8 @@ METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
             for k, values in SWEEPS.items() for v in values}
 
 # %% ../../nbs/40_baselines.ipynb
-_OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache", "resume"}
+_OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache", "resume", "init",
+                "init_side"}
 _OF_THE_RUN = {"samples", "save_every", "keep", "preview_every", "trackers"} # change no result
 
 def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
