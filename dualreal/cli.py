@@ -231,8 +231,6 @@ def _run_conflict(config:settings.ConflictConfig):
     print(f"report     {out/'conflict.json'}\nfigure     {out/'conflict.png'}\nvideos     {out/'videos'}")
 
 def _score(x): return "–" if x is None else f"{x:.2f}"
-=======
-Many cases are one command, too: [the queue](47_queue.ipynb) reads them, here each is checked, trained and told of in a line. What can be refused is refused before the first is trained.
 
 # %% ../nbs/52_cli.ipynb
 def _run_queue(config, watch, queue):
@@ -268,7 +266,6 @@ def _train_queued(watch, case):
             bar.total = run.end
             bar.update(run.step - bar.n)
         return train_case(case, step, score, _sentence)
->>>>>>> theirs
 
 # %% ../nbs/52_cli.ipynb
 _SIZES = "height", "width", "frames", "steps", "guidance"
