@@ -8,14 +8,13 @@ __all__ = ['Masking', 'segmenter', 'masking_of']
 # %% ../nbs/18_masks.ipynb
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from . import video
 from .core import InputError
-from .data import Item, first_frame, is_photo, read_item, source_frames
+from .data import Item, first_frame, is_photo, source_frames
 
 # %% ../nbs/18_masks.ipynb
 def _grey(frame): # uint8 (H, W, 3) -> (H, W)
@@ -137,7 +136,8 @@ _NETWORK = "isnet-general-use"
 def segmenter() -> Callable: # uint8 (H, W, 3) -> uint8 (H, W)
     "Marks what stands in front; `InputError` where rembg or its network is missing."
     helps = "pip install 'dualreal[masks]', or put masks/NAME.png beside the files"
-    try: from rembg import new_session, remove
+    try:
+        from rembg import new_session, remove
     except (ImportError, SystemExit) as e: # without onnxruntime it exits
         raise InputError(f"masks 'auto': rembg cannot be used here ({e}): {helps}") from e
     try: session = new_session(_NETWORK)

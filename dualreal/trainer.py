@@ -28,21 +28,12 @@ from .data import Case, Item, class_prompt, joint_prompt, load_case, prior_count
 from .encode import encode_all
 from .family import experts_of
 from .figures import loss_figure, save_figure, tradeoff_figure
-from .generate import class_images, generate_all
+from .generate import class_images, class_source, generate_all
 from .loop import Given, Run, dual_course, loop, take_up
 from .memory import advice, check_wishes, place
 from .resume import StopRequest, facts, restore, save_checkpoint, save_run, stop
 from .settings import TrainConfig, completed, trackers_of
-from dualreal.store import (
-    Store,
-    cache_folder,
-    check_out,
-    check_same,
-    fingerprint,
-    own,
-    read_record,
-    record_path,
-)
+from .store import Store, cache_folder, check_out, check_same, own, read_record, record_path
 from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
 
@@ -82,9 +73,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
         said = [*prompts, own.negative]
         encoded, texts = encode_all(pipe, case, config, size.max_tokens, said, encoder, cache,
                                     accelerator.device, progress and accelerator.is_main_process)
-    if made := prior_count(config.prior): # their pixels differ by machine, as latents do
-        told = class_prompt(case.class_word), config.height, config.width
-        for i in range(made): encoded.prior[i].source = fingerprint("class image", *told, i)
+    for i in range(prior_count(config.prior)):
+        encoded.prior[i].source = class_source(case.prior[i].prompt, config.height, config.width, i)
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
                  prompts=prompts)
     files = {k: [str(item.path) for item in items] for k in ("identity", "motion", "prior")
