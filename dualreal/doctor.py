@@ -247,7 +247,8 @@ def _about_masks(case: Case, rows: dict,  # role -> rows, with "mask"
     if masking and len(bare) == len(seen):
         text = "No mask is there: --mask-weight changes nothing."
         return [_finding("warning", text, "put masks/NAME.png beside the files, or give --masks auto")]
-    return [_finding("note", "No mask: all of it counts.", "nothing, if that is meant", path) for path in bare]
+    text, fix = "No mask: all of it counts.", "nothing, if that is meant"
+    return [_finding("note", text, fix, path) for path in bare]
 
 
 def _read_all(case: Case, aim: dict,

@@ -137,8 +137,8 @@ class _Work:
         if not (source := self.masking.source(item)): return None
         family, config = family_of(self.pipe), self.pipe.vae.config
         cells = lambda: dict(mask=family.pooled(config, torch.from_numpy(self.masking.read(item))))
-        grid = family.name, *family.stride(config)
-        key = fingerprint("mask 1", *self.taken(item), *grid, "files" if item.mask else source, *files, *masks)
+        grid, by = (family.name, *family.stride(config)), "files" if item.mask else source
+        key = fingerprint("mask 1", *self.taken(item), *grid, by, *files, *masks)
         return self.masking.weights(item, self.cache.tensors(key, cells)["mask"])
 
     def visual(self, item):

@@ -243,7 +243,8 @@ def class_images(pipe,      # as `load_base` gives it, in main memory
     size = sized(pipe, frames=1, **sizes)
     by = [fingerprint(one) for one in (*transformers_of(pipe), pipe.vae, pipe.text_encoder)]
     told = {k: getattr(size, k) for k in (*_TOLD, "negative")}
-    files = [cache.path(fingerprint("class image 1", *by, told, prompt, seed), ".png") for seed in range(count)]
+    key = lambda seed: fingerprint("class image 1", *by, told, prompt, seed)
+    files = [cache.path(key(seed), ".png") for seed in range(count)]
     missing = {seed: file for seed, file in enumerate(files) if not file.is_file()}
     if not missing: return files
     texts = embed(pipe, [prompt, size.negative], size.max_tokens, device)

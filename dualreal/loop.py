@@ -87,9 +87,9 @@ def dual_course(transformer,       # with its adapter, or a pipeline
     masked, whole = partial(focus, transformer), lambda dimension: focus(transformer, None)
     referenced = ("identity", "prior", "motion") if config.coupling == "one-way" else ("motion",)
     acting = COUPLINGS[config.coupling]
+    acting = acting | dict(prior=acting["identity"])
     return Course(learns, config.steps, config.warmup, config.motion_ratio, batches_of(config),
-                  masked if config.gradient_mask else whole, referenced, acting | dict(prior=acting["identity"]),
-                  parts_of(transformer))
+                  masked if config.gradient_mask else whole, referenced, acting, parts_of(transformer))
 
 # %% ../nbs/25_loop.ipynb
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Masking:
         return "rembg" if self.segment else ""
 
     def read(self, item:Item) -> np.ndarray|None: # float32 (F, H, W), 1: inside; None: it has none
-        "The mask of an item, frame by frame as `read_item` gives them; one that marks nothing is 0 everywhere."
+        "The mask of an item, for the frames of `read_item`; one that marks nothing is 0 everywhere."
         if not (source := self.source(item)): return None
         own, how = first_frame(item).shape[:2], dict(self.how)
         height, width, fit = how.pop("height"), how.pop("width"), how.pop("fit")
@@ -117,9 +117,10 @@ class Masking:
         except InputError as e: return None, [("error", f"{e}.", "mend the mask, or take it away")]
         if mask is None: return None, []
         told, found = dict(source=self.source(item), inside=round(float(mask.mean()), 4)), []
-        if not mask.any(): found.append(("warning", "Its mask is empty.", "mark what is meant, or take it away"))
-        elif not self.counts(item, mask).any():
-            found.append(("error", "Its mask leaves nothing to learn.", "give a --mask-weight above 0"))
+        if not self.counts(item, mask).any():
+            fix = "mend it, or give a --mask-weight above 0"
+            found.append(("error", "Its mask leaves nothing to learn.", fix))
+        elif not mask.any(): found.append(("warning", "Its mask is empty.", "mark what is meant"))
         if note := self._scaled(item): found.append(("note", note, "nothing, if it shows the same"))
         return told, found
 
@@ -153,4 +154,5 @@ def masking_of(config, # of `TrainConfig` or `CheckConfig`, with sizes
     if config.mask_weight is None: return None
     how = dict(height=config.height, width=config.width, max_frames=config.frames, fps=config.fps,
                fit=config.fit, step=step)
-    return Masking(config.mask_weight, how, config.motion_mask, segmenter() if config.masks == "auto" else None)
+    segment = segmenter() if config.masks == "auto" else None
+    return Masking(config.mask_weight, how, config.motion_mask, segment)

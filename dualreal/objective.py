@@ -21,7 +21,7 @@ def prediction_error(family:Family, # says what is to be predicted
                      latents,       # clean latents x0, same shape
                      noise,         # epsilon, same shape
                      timesteps,     # (B,)
-                     weight=None):  # what each latent counts: mean 1 in a sample; of one channel; None: all alike
+                     weight=None):  # of each latent pixel, (B, …) of one channel, mean 1 in a sample; None: 1
     "Mean squared error of a prediction, a scalar, in fp32 or better."
     target = family.target(scheduler, _exact(latents), _exact(noise), timesteps)
     error = (_exact(prediction) - target).square()

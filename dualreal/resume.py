@@ -216,7 +216,8 @@ def _continue(run, state, adapter):
     "Put the run in the state of a checkpoint."
     compare(run.config, state["config"])
     if state["sources"] != _learnt_from(run):
-        raise InputError(f"{run.out} was started with other images, clips, masks or captions: give another --out")
+        raise InputError(f"{run.out} was started with other images, clips, masks or captions: give another "
+                         "--out")
     _set_random_state(state["randoms"][run.accelerator.process_index % len(state["randoms"])])
     for k in ("optimizer", "schedule", "switch"): getattr(run, k).load_state_dict(state[k])
     run.generator.set_state(state["generator"])

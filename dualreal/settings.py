@@ -137,16 +137,16 @@ class TrainConfig:
     coupling: str = option("mutual", "mutual, as published: both sides act in every step; ours: one-way: "
                            "motion steps without the identity side; none: each side alone, fixed weights",
                            choices=("mutual", "one-way", "none"))
-    prior: str | None = option(None, "class images that identity steps learn beside the subject's: a folder, or "
-                               "how many the base makes itself", unset="none", shown="DIR|N", same=True,
+    prior: str | None = option(None, "class images that identity steps learn beside the subject's: a folder, "
+                               "or how many the base makes itself", unset="none", shown="DIR|N", same=True,
                                label="Class images")
     prior_weight: float = option(1., "what the loss of class images counts", least=0)
     mask_weight: float | None = option(None, "what the loss outside masks counts, 0 to 1 (masks/NAME.png, a "
                                        "video of masks, or alpha); inside it counts 1", "",
                                        "masks do not count", least=0, most=1)
-    motion_mask: str = option("outside", "what motion steps may not learn, where --mask-weight counts: outside "
-                              "(the world around the actor), or inside (what is marked, such as a face: mark "
-                              "not all that moves, for what is seen nowhere else teaches no motion)",
+    motion_mask: str = option("outside", "what motion steps may not learn, where --mask-weight counts: "
+                              "outside (the world around the actor), or inside (what is marked, such as a "
+                              "face; not all that moves: what is seen nowhere else teaches no motion)",
                               choices=("outside", "inside"))
     masks: str = option("files", "files, or auto: rembg marks what has no mask", choices=("files", "auto"))
     batch_motion: int | None = option(None, "clips in a motion step", "clips", _own("batch_motion"), least=1)
