@@ -255,7 +255,7 @@ def _read_all(case: Case, aim: dict,
               masking=None  # as for `check_case`
               ) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
     "Read every item; one that cannot be used becomes an error among the findings."
-    roles = ("identity", "motion", "prior")
+    roles = ["identity", "motion"] + ["prior"] * bool(case.prior)
     rows, looks, findings = {role: [] for role in roles}, {role: [] for role in roles}, []
     jobs = [(role, item) for role in roles for item in getattr(case, role)]
     for role, item in tqdm(jobs, desc="reading", leave=False, disable=None):
@@ -275,7 +275,7 @@ def _read_all(case: Case, aim: dict,
             text = f"Nothing moves: {share:.1%} of the picture changes."
             findings.append(_finding("warning", text, "use a clip that shows the motion", row["path"]))
         if role == "motion": findings += _about_cuts(item, frames, aim)
-    findings += _copies(looks["identity"] + looks["prior"]) + _copies(looks["motion"])
+    findings += _copies(looks["identity"] + looks.get("prior", [])) + _copies(looks["motion"])
     return rows, findings + _about_clips(rows["motion"], aim["fps"]) + _about_masks(case, rows, masking)
 
 # %% ../nbs/14_doctor.ipynb
@@ -347,7 +347,7 @@ def format_report(report: dict  # of `check_case`
         lines += [head, *_table(report[role])]
     if made := report.get("prior_made"): # by the base, when it is trained
         lines += [f'class: {made["count"]} images of "{made["prompt"]}", which the base makes']
-    if report["prior"]: lines += [f"class: {report['counts']['prior']} images", *_table(report["prior"])]
+    if "prior" in report: lines += [f"class: {report['counts']['prior']} images", *_table(report["prior"])]
     rate = f" at {base['fps']:g} fps" if base["fps"] else ""
     how = {"crop": "cropped", "pad": "padded"}[base["fit"]]
     if "member" in base: lines += [f"base: {base['name']}, {base['member']} ({base['family']})"]
