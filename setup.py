@@ -36,7 +36,7 @@ setup(
     package_data={"dualreal": ["assets/**/*"]},
     include_package_data=False,
     install_requires=cfg["requirements"].split(),
-    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "docs", "studio", "heif", "ray")},
+    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "docs", "studio", "heif", "masks", "ray")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -103,11 +103,12 @@ def _refused(config, watch) -> tuple: # the run's settings; its adapter, if noth
     if watch.score_previews and not config.preview_every:
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.base import base_size, fetch_adapter, find_sizes, video_size
+    from dualreal.data import prior_items
     from dualreal.store import adapter_info, as_begun, begun, check_out, check_same
     config = as_begun(config)
     if done := check_out(config.out, config.resume, config.steps): return config, done
     if config.init and not begun(config.out): adapter_info(fetch_adapter(config.init))
-    _loaded(config)
+    prior_items(config.prior, _loaded(config).class_word)
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
     video_size(folder, whole)
@@ -143,6 +144,8 @@ def _warn(config):
     if os.environ.get("RANK", "0") != "0": return
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     for text in case.notes: print(f"note: {text}")
+    if config.mask_weight is None and any(item.mask for item in case.identity + case.motion):
+        print("note: masks are there, and without --mask-weight none counts")
     for text in case_warnings(case): print(text)
     found = counted(len(case.identity), "image"), counted(len(case.motion), "clip")
     print(f"{', '.join(found)}: encoding, then training")
@@ -391,9 +394,12 @@ def _run_evaluate(config:settings.EvaluateConfig):
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
     from dualreal.base import base_family, base_size, check_picture, configs_of, find_sizes
-    from dualreal.data import MIN_CLIP
+    from dualreal.data import MIN_CLIP, class_prompt, prior_count, prior_items
     from dualreal.doctor import case_sheet, check_case, format_report
+    from dualreal.masks import masking_of
+    settings.check_masking(settings.checked(config))
     case = _loaded(config)
+    case = replace(case, prior=prior_items(config.prior, case.class_word))
     folder = find_sizes(config.base)
     base = base_size(folder)
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
@@ -408,11 +414,15 @@ def _run_check(config:settings.CheckConfig):
     _alive()
     from transformers import AutoTokenizer  # seconds
     tokenizer = AutoTokenizer.from_pretrained(folder/"tokenizer")
+    sizes = dict(zip(("height", "width", "frames"), size))
+    how["masking"] = masking_of(replace(config, **sizes), base.clip_step)
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
     report = check_case(case, *size, tokens, **how)
     family = base_family(folder)
     member = family.member(configs_of(folder)["transformer"])
     report["base"] |= dict(name=config.base, family=family.name, member=member)
+    if made := prior_count(config.prior):
+        report["prior_made"] = dict(count=made, prompt=class_prompt(case.class_word))
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
     if config.sheet: case_sheet(case, *size, config.sheet, **how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]

@@ -235,10 +235,29 @@ def _about_clips(rows: list[dict],  # of motion clips
     return [_finding("note", text, f"give --fps {rates[0]:g}, the slowest of them")]
 
 # %% ../nbs/14_doctor.ipynb
-def _read_all(case: Case, aim: dict) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
+def _about_masks(case: Case, rows: dict,  # role -> rows, with "mask"
+                 masking) -> list[dict]:  # findings
+    "Masks that do not count, and items without one among others that have one."
+    items, seen = case.identity + case.motion, rows["identity"] + rows["motion"]
+    there = [item for item in items if item.mask]
+    if not masking and there:
+        text = f"{len(there)} of {len(items)} have a mask, and without --mask-weight none counts."
+        return [_finding("note", text, "give --mask-weight, such as 0, or nothing, if that is meant")]
+    bare = [row["path"] for row in seen if not row.get("mask")] if masking else []
+    if masking and len(bare) == len(seen):
+        text = "No mask is there: --mask-weight changes nothing."
+        return [_finding("warning", text, "put masks/NAME.png beside the files, or give --masks auto")]
+    text, fix = "No mask: all of it counts.", "nothing, if that is meant"
+    return [_finding("note", text, fix, path) for path in bare]
+
+
+def _read_all(case: Case, aim: dict,
+              masking=None  # as for `check_case`
+              ) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
     "Read every item; one that cannot be used becomes an error among the findings."
-    rows, looks, findings = dict(identity=[], motion=[]), dict(identity=[], motion=[]), []
-    jobs = [("identity", item) for item in case.identity] + [("motion", item) for item in case.motion]
+    roles = ["identity", "motion"] + ["prior"] * bool(case.prior)
+    rows, looks, findings = {role: [] for role in roles}, {role: [] for role in roles}, []
+    jobs = [(role, item) for role in roles for item in getattr(case, role)]
     for role, item in tqdm(jobs, desc="reading", leave=False, disable=None):
         try:
             frames, fps = source_frames(item, aim["frames"], aim["fps"], _glance, aim["clip_step"])
@@ -249,12 +268,15 @@ def _read_all(case: Case, aim: dict) -> tuple[dict, list[dict]]:  # role -> rows
         rows[role].append(row)
         looks[role].append((row["path"], _look(frames)))
         findings += _about_item(row, item.kind, aim)
+        if masking and role != "prior":
+            row["mask"], about = masking.about(item)
+            findings += [_finding(*one, row["path"]) for one in about]
         if role == "motion" and (share := _moving_share(frames)) < 0.005:
             text = f"Nothing moves: {share:.1%} of the picture changes."
             findings.append(_finding("warning", text, "use a clip that shows the motion", row["path"]))
         if role == "motion": findings += _about_cuts(item, frames, aim)
-    findings += _copies(looks["identity"]) + _copies(looks["motion"])
-    return rows, findings + _about_clips(rows["motion"], aim["fps"])
+    findings += _copies(looks["identity"] + looks.get("prior", [])) + _copies(looks["motion"])
+    return rows, findings + _about_clips(rows["motion"], aim["fps"]) + _about_masks(case, rows, masking)
 
 # %% ../nbs/14_doctor.ipynb
 def check_case(case: Case,
@@ -264,11 +286,12 @@ def check_case(case: Case,
                prompt_tokens: Callable | None = None,  # caption -> (its tokens, the base's limit)
                fps: float | None = None,  # as for `read_item`
                fit: str = "crop",
-               step: int = 4  # of `usable_frames`
+               step: int = 4,  # of `usable_frames`
+               masking=None  # of `masks.masking_of`; None: masks do not count
                ) -> dict:  # JSON-able; "ok" is False if there is an error among "findings"
     "Read everything and gather every error, warning and note instead of stopping at the first."
     aim = _aim(height, width, max_frames, fps, fit, step)
-    rows, found = _read_all(case, aim)
+    rows, found = _read_all(case, aim, masking)
     found = _about_case(case, prompt_tokens) + found
     found = sorted(found, key=lambda finding: _LEVELS.index(finding["level"]))
     levels = Counter(finding["level"] for finding in found)
@@ -278,7 +301,7 @@ def check_case(case: Case,
         **{word: getattr(case, word) for word in words},
         base=aim,
         layouts=case.layouts,
-        counts=dict(identity=len(case.identity), motion=len(case.motion)),
+        counts={role: len(getattr(case, role)) for role in rows},
         **rows,
         findings=found,
         errors=levels["error"],
@@ -290,10 +313,11 @@ def _table(rows: list[dict]  # of one role
            ) -> list[str]:  # lines
     "One line for each item: name, size, rate, frames."
     names = [Path(row["path"]).name for row in rows]
-    lines = []
-    for name, row in zip(names, rows, strict=True):
+    lines, masks = [], [row.get("mask") for row in rows]
+    for name, row, mask in zip(names, rows, masks, strict=True):
         size = f"{row['width']}x{row['height']}"
         film = f"{row['used']:>5} of {row['frames']} frames at {row['fps']:g} fps" if row["fps"] else ""
+        if mask: film += f"  mask: {mask['inside']:.0%} inside, from {mask['source']}"
         lines.append(f"  {name:<{max(map(len, names))}}  {size:>9}  {film}".rstrip())
     return lines
 
@@ -321,6 +345,9 @@ def format_report(report: dict  # of `check_case`
         head = f'{role}: {report["counts"][role]} {what}, "{report[f"{role}_prompt"]}"'
         if role in report["layouts"]: head += f", captions: {report['layouts'][role]}"
         lines += [head, *_table(report[role])]
+    if made := report.get("prior_made"): # by the base, when it is trained
+        lines += [f'class: {made["count"]} images of "{made["prompt"]}", which the base makes']
+    if "prior" in report: lines += [f"class: {report['counts']['prior']} images", *_table(report["prior"])]
     rate = f" at {base['fps']:g} fps" if base["fps"] else ""
     how = {"crop": "cropped", "pad": "padded"}[base["fit"]]
     if "member" in base: lines += [f"base: {base['name']}, {base['member']} ({base['family']})"]
@@ -341,16 +368,21 @@ def case_sheet(case: Case,
                max_frames: int,
                path: str | Path | None = None,  # also written there
                cell: int = 96,  # height of a cell in pixels
+               masking=None,  # as for `check_case`: what counts less is darker
                **how  # fps, fit, step: as for `read_item`
                ) -> Image.Image:
     "Images and clips as they are trained on, six frames of each clip; what cannot be read is left out."
     def seen(item):
-        try: frames = read_item(item, height, width, max_frames, **how)
+        try:
+            frames = read_item(item, height, width, max_frames, **how)
+            if masking and item not in case.prior: frames = masking.darkened(item, frames)
         except InputError: return None
         picks = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).round().astype(int)]
         return video.resize_crop(picks, cell, round(cell * width / height))
     images = [frames[0] for item in case.identity if (frames := seen(item)) is not None]
     rows = [(f"identity: {case.identity_prompt}", images)] if images else []
+    others = [frames[0] for item in case.prior if (frames := seen(item)) is not None]
+    if others: rows += [(f"class: {case.prior[0].prompt}", others)]
     rows += [(item.path.name, [f]) for item in case.motion if (f := seen(item)) is not None]
     if not rows: raise InputError("There is nothing to show: no image and no clip of this case can be read.")
     return video.contact_sheet(rows, cell=cell, path=path)

@@ -8,7 +8,7 @@ __all__ = ['Encoded', 'EncodedCase', 'check_finite', 'encode_frames', 'tile', 'r
 # %% ../nbs/22_encode.ipynb
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .core import InputError
 from .data import Case, Item, first_frame, read_item
 from .family import family_of, named_family
+from .masks import masking_of
 from .store import Store, fingerprint
 from .video import READER, frame_files
 
@@ -30,6 +31,7 @@ class Encoded:
     text: torch.Tensor               # (T, D)
     reference: torch.Tensor | None   # (E,): of the first frame; None without a reference encoder
     source: str = ""                 # a hash of caption and files: alike on all machines, as latents are not
+    weight: torch.Tensor | None = None # what each latent counts, laid out for one channel; None: all alike
 
     def sample(self,
                scaled:Callable,              # latents -> latents as the transformer sees them
@@ -42,7 +44,8 @@ class EncodedCase:
     "A case, ready for training."
     identity: list[Encoded]
     motion: list[Encoded]
-    cached: int = 0                  # results that came from the cache; an item has two, visual and text
+    cached: int = 0                  # results that came from the cache: of an item visual, text, a mask
+    prior: list[Encoded] = field(default_factory=list) # others of the class
 
     @property
     def reference(self) -> torch.Tensor | None:
@@ -90,6 +93,10 @@ def tile(pipe, height:int, width:int):
     pipe.vae.enable_tiling() if height * width > 300 * 300 else pipe.vae.disable_tiling()
 
 # %% ../nbs/22_encode.ipynb
+def _files(path): # of an image, a clip or a mask, in the order of reading
+    if path is None: return []
+    return frame_files(path) if path.is_dir() else [path]
+
 @dataclass
 class _Work:
     "What encoding one item needs."
@@ -106,21 +113,33 @@ class _Work:
             self.seen[1] = [fingerprint(self.encoder.visual), scaling, self.config.reference_norm]
         self.reader = fingerprint(self.pipe.text_encoder)
         self.step = family_of(self.pipe).clip_step(dict(vae=self.pipe.vae.config))
+        self.masking = masking_of(self.config, self.step)
 
     def read(self, prompt): # (T, D)
         key = fingerprint("text", prompt, self.max_tokens, self.reader)
         return self.cache.tensors(key, lambda: dict(text=self.text(prompt)))["text"]
 
-    def encode(self, item:Item, text) -> Encoded: # text: of its prompt
-        files = frame_files(item.path) if item.path.is_dir() else [item.path] # in the order of reading
+    def encode(self, item:Item, text, masked=True) -> Encoded: # text: of its prompt
+        files, masks = _files(item.path), _files(item.mask) if masked and self.masking else []
         visual = self.cache.tensors(self.visual_key(item, files), lambda: self.visual(item))
-        source = fingerprint(item.prompt, item.kind, *files)
-        return Encoded(str(item.path), item.prompt, text=text, source=source, **{"reference": None, **visual})
+        source = fingerprint(item.prompt, item.kind, *files, *masks)
+        weight = self.weight(item, files, masks) if masked and self.masking else None
+        return Encoded(str(item.path), item.prompt, text=text, source=source, weight=weight,
+                       **{"reference": None, **visual})
 
-    def visual_key(self, item, files):
+    def visual_key(self, item, files): return fingerprint("visual 3", *self.taken(item), *self.seen, *files)
+
+    def taken(self, item):
         c = self.config
-        size, how = (c.height, c.width, c.frames), (c.fps if item.kind == "video" else None, c.fit)
-        return fingerprint("visual 3", READER, item.kind, *size, *how, *self.seen, *files)
+        return READER, item.kind, c.height, c.width, c.frames, c.fps if item.kind == "video" else None, c.fit
+
+    def weight(self, item, files, masks):
+        if not (source := self.masking.source(item)): return None
+        family, config = family_of(self.pipe), self.pipe.vae.config
+        cells = lambda: dict(mask=family.pooled(config, torch.from_numpy(self.masking.read(item))))
+        grid, by = (family.name, *family.stride(config)), "files" if item.mask else source
+        key = fingerprint("mask 1", *self.taken(item), *grid, by, *files, *masks)
+        return self.masking.weights(item, self.cache.tensors(key, cells)["mask"])
 
     def visual(self, item):
         c = self.config
@@ -145,7 +164,7 @@ def _encode_case(pipe,           # with VAE, tokenizer and text encoder
                  progress=True   # a bar, on a terminal
                 ) -> EncodedCase:
     "Encode every item of a case through the cache; `InputError` names an item that cannot be used."
-    items = case.identity + case.motion
+    items, masked = case.identity + case.motion + case.prior, len(case.identity) + len(case.motion)
     for prompt in {i.prompt for i in items}: _check_prompt(pipe.tokenizer, prompt, max_tokens)
     work = _Work(pipe, config, max_tokens, encoder, cache)
     tile(pipe, config.height, config.width)
@@ -156,8 +175,9 @@ def _encode_case(pipe,           # with VAE, tokenizer and text encoder
         for part in (pipe.vae, encoder): part and part.to(device)
     disable = None if progress else True # None: only where there is no terminal
     with tqdm(items, "encoding", disable=disable, leave=False) as bar: # closed also on an error
-        done = [work.encode(item, text) for item, text in zip(bar, texts)]
-    return EncodedCase(done[:len(case.identity)], done[len(case.identity):], cache.hits)
+        done = [work.encode(item, text, i < masked) for i, (item, text) in enumerate(zip(bar, texts))]
+    n = len(case.identity)
+    return EncodedCase(done[:n], done[n:masked], cache.hits, done[masked:])
 
 # %% ../nbs/22_encode.ipynb
 def release(pipe, *names):

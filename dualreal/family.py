@@ -103,6 +103,15 @@ class Family(ABC):
         "Latents of one sample in the transformer's layout."
         return latents
 
+    def pooled(self, config, pixels): # config: the VAE's; (F, H, W), numbers of a clip's pixels
+        "Their means over each latent pixel, laid out like latents of one channel; the first frame is alone."
+        time, space = self.stride(config)
+        rows, columns = (side // space for side in pixels.shape[1:])
+        cells = pixels.unflatten(1, (rows, space)).unflatten(3, (columns, space)).mean((2, 4))
+        means = pixels.new_empty(1, 1 + (len(cells) - 1) // time, *cells.shape[1:])
+        means[0, 0], means[0, 1:] = cells[0], cells[1:].unflatten(0, (-1, time)).mean(1)
+        return self.from_vae(means)
+
     @abstractmethod
     def scaled(self, vae, latents):
         "Latents of one sample, laid out, as the transformer sees them."

@@ -75,8 +75,10 @@ class Course:
 
 def batches_of(config:TrainConfig # completed
               ) -> dict: # dimension -> {samples: (how many, weight of their loss)}
-    "A step takes a batch of the dimension drawn."
-    return {d: {d: (getattr(config, f"batch_{d}"), 1.)} for d in ("identity", "motion")}
+    "A step takes a batch of the dimension drawn; an identity step as many of the class, where there are any."
+    batches = {d: {d: (getattr(config, f"batch_{d}"), 1.)} for d in ("identity", "motion")}
+    if config.prior: batches["identity"]["prior"] = config.batch_identity, config.prior_weight
+    return batches
 
 def dual_course(transformer,       # with its adapter, or a pipeline
                 config:TrainConfig # completed
@@ -88,10 +90,11 @@ def dual_course(transformer,       # with its adapter, or a pipeline
         return up if name.startswith("up.") else config.lr
     learns = [(p, rate(part, name)) for part, name, p in named_parts(transformer)]
     masked, whole = partial(focus, transformer), lambda dimension: focus(transformer, None)
-    referenced = ("identity", "motion") if config.coupling == "one-way" else ("motion",)
+    referenced = ("identity", "prior", "motion") if config.coupling == "one-way" else ("motion",)
+    acting = COUPLINGS[config.coupling]
+    acting = acting | dict(prior=acting["identity"])
     return Course(learns, config.steps, config.warmup, config.motion_ratio, batches_of(config),
-                  masked if config.gradient_mask else whole, referenced, COUPLINGS[config.coupling],
-                  parts_of(transformer))
+                  masked if config.gradient_mask else whole, referenced, acting, parts_of(transformer))
 
 # %% ../nbs/25_loop.ipynb
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ class Given:
 
     def seen(self, dimension:str, most:int=None) -> list: # of uint8 (F, H, W, 3)
         "Images or clips as they are trained on."
-        c, kind = self.config, dict(identity="image", motion="video")[dimension]
-        items = [Item(Path(path), kind, "") for path in self.files[dimension][:most]]
+        c, kind = self.config, "video" if dimension == "motion" else "image"
+        items = [Item(Path(path), kind, "") for path in self.files.get(dimension, [])[:most]]
         how = c.height, c.width, c.frames, c.fps, c.fit, self.size.clip_step
         return [read_item(item, *how) for item in items]
 
@@ -154,6 +157,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(given.config.seed)
         self.samples, self.orders = {}, {}
         for name in ("identity", "motion"): self.add(name, getattr(given.case, name))
+        if given.case.prior: self.add("prior", given.case.prior)
         self.step, self.saved, self.log, self.scores, self.seconds = 0, None, [], [], {}
         self.told = {} # what its files say of it, besides
         self.end = 0 # of the course, in steps; `take_up` sets it, with `optimizer`, `schedule` and `switch`
@@ -279,6 +283,11 @@ def _draw_batch(run:Run,
         return _Drawn(item, latents, noise, _draw_time(run, expert, latents))
     return [drawn(items[i]) for i in run.orders[samples].take(count, g)]
 
+def _weight(part:list[_Drawn]): # None: all latents count alike
+    "What each latent of these samples counts."
+    if not (known := [s.item.weight for s in part if s.item.weight is not None]): return None
+    return torch.stack([torch.ones_like(known[0]) if s.item.weight is None else s.item.weight for s in part])
+
 def _micro_batches(batch:list[_Drawn], size:int) -> list[list[_Drawn]]: # size: at most so many together
     "The batch in parts of equal latent shape."
     by_shape = {}
@@ -291,12 +300,14 @@ def _part_loss(run:Run, part:list[_Drawn], samples:str, transformer):
     device = run.accelerator.device
     latents, noise = (torch.stack([getattr(s, k) for s in part]).to(device) for k in ("latents", "noise"))
     text, timesteps = torch.stack([s.item.text for s in part]), torch.cat([s.timestep for s in part])
+    weight = _weight(part)
     known = samples in run.course.referenced and part[0].item.reference is not None
     e = torch.stack([s.item.reference for s in part]).to(device) if known else None
     acting = run.course.acting.get(samples, tuple(Dimension))
     with reference(transformer, e, acting) if active(transformer) else nullcontext():
         return prediction_loss(transformer, run.pipe.scheduler, latents, text.to(device, transformer.dtype),
-                               timesteps.to(device), noise, run.given.positions(latents[0]))
+                               timesteps.to(device), noise, run.given.positions(latents[0]),
+                               weight if weight is None else weight.to(device))
 
 # %% ../nbs/25_loop.ipynb
 def _backward(run:Run, dimension:str) -> tuple[float, list[float]]: # loss; mean identity weight of each group
@@ -304,14 +315,16 @@ def _backward(run:Run, dimension:str) -> tuple[float, list[float]]: # loss; mean
     a, expert = run.accelerator, _draw_expert(run)
     adapter = active(expert.transformer)
     told = torch.zeros(1 + (run.config.groups if adapter else 0), device=a.device) # fetched once, at the end
-    for samples, (count, weight) in run.course.batches[dimension].items():
+    batches = run.course.batches[dimension]
+    seen = sum(count for count, _ in batches.values())
+    for samples, (count, weight) in batches.items():
         batch = _draw_batch(run, samples, count, expert)
         for part in _micro_batches(batch[a.process_index::a.num_processes], run.config.micro_batch):
             share = _part_loss(run, part, samples, expert.transformer) * (weight * len(part) / len(batch))
             share.backward()
             told[0] += share.detach()
             if not adapter: continue
-            told[1:] += blend_weights(expert.transformer).float().sum(0).to(a.device) / len(batch)
+            told[1:] += blend_weights(expert.transformer).float().sum(0).to(a.device) / seen
     loss, *weights = _sum_up(a, _learning(run), told.tolist())
     return loss, weights
 

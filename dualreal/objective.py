@@ -20,18 +20,21 @@ def prediction_error(family:Family, # says what is to be predicted
                      prediction,    # the transformer's output, laid out as the family has it
                      latents,       # clean latents x0, same shape
                      noise,         # epsilon, same shape
-                     timesteps):    # (B,)
+                     timesteps,     # (B,)
+                     weight=None):  # of each latent pixel, (B, …) of one channel, mean 1 in a sample; None: 1
     "Mean squared error of a prediction, a scalar, in fp32 or better."
     target = family.target(scheduler, _exact(latents), _exact(noise), timesteps)
-    return (_exact(prediction) - target).square().mean()
+    error = (_exact(prediction) - target).square()
+    return (error if weight is None else error * weight).mean()
 
 # %% ../nbs/06_objective.ipynb
-def prediction_loss(transformer, scheduler, latents, prompt_embeds, timesteps, noise, image_rotary_emb=None):
+def prediction_loss(transformer, scheduler, latents, prompt_embeds, timesteps, noise, image_rotary_emb=None,
+                    weight=None):
     "As `denoising_loss`, of any transformer, with or without an adapter: it is given no reference."
     family = family_of(transformer)
     noisy = family.noised(scheduler, _exact(latents), _exact(noise), timesteps).to(prompt_embeds.dtype)
     prediction = family.predict(transformer, noisy, timesteps, prompt_embeds, image_rotary_emb)
-    return prediction_error(family, scheduler, prediction, latents, noise, timesteps)
+    return prediction_error(family, scheduler, prediction, latents, noise, timesteps, weight)
 
 def denoising_loss(transformer,            # with a DualReal adapter
                    scheduler,              # of the base
@@ -41,8 +44,9 @@ def denoising_loss(transformer,            # with a DualReal adapter
                    noise,                  # like `latents`
                    reference=None,         # reference embeddings (B|1, E) on motion steps, else None
                    image_rotary_emb=None,  # what the family's `positions` gives, if anything
-                   acting=tuple(Dimension)): # the sides that act, see `switch.COUPLINGS`
+                   acting=tuple(Dimension), # the sides that act, see `switch.COUPLINGS`
+                   weight=None):           # as for `prediction_error`
     "The loss of one step, a scalar with gradients."
-    given = latents, prompt_embeds, timesteps, noise, image_rotary_emb
+    given = latents, prompt_embeds, timesteps, noise, image_rotary_emb, weight
     with given_reference(transformer, reference, acting):
         return prediction_loss(transformer, scheduler, *given)

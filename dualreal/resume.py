@@ -189,7 +189,8 @@ def _state(run, randoms):
 
 def _learnt_from(run):
     "Captions and files that are learnt from, not their latents: those differ by device and precision."
-    return {k: [item.source for item in getattr(run.case, k)] for k in ("identity", "motion")}
+    known = {k: [item.source for item in getattr(run.case, k)] for k in ("identity", "motion", "prior")}
+    return {k: sources for k, sources in known.items() if sources} # of earlier runs, which knew no prior
 
 def save_checkpoint(run:Run) -> Path: # called by all processes: the first one writes
     "checkpoints/step-N: adapter.safetensors, state.pt and their checksums."
@@ -229,7 +230,8 @@ def _continue(run, state, adapter):
     "Put the run in the state of a checkpoint."
     compare(run.config, state["config"])
     if state["sources"] != _learnt_from(run):
-        raise InputError(f"{run.out} was started with other images, clips or captions: give another --out")
+        raise InputError(f"{run.out} was started with other images, clips, masks or captions: give another "
+                         "--out")
     _set_random_state(state["randoms"][run.accelerator.process_index % len(state["randoms"])])
     for k in ("optimizer", "switch"): getattr(run, k).load_state_dict(state[k])
     if run.average: run.average.load_state_dict(state["average"])

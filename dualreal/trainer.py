@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from .backbone import load_base, load_reference_encoder, outline
 from .base import base_family, base_size, fetch_adapter, find_sizes, video_size
 from .checkpoint import FILE, Adapter, adapter_tensors, check_start, origin_of, read_adapter, take_over
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
-from .data import joint_prompt, load_case
+from .data import Case, Item, class_prompt, joint_prompt, load_case, prior_count, prior_items
 from .encode import encode_all
 from .family import experts_of
 from .figures import loss_figure, save_figure, tradeoff_figure
-from .generate import generate_all
+from .generate import class_images, class_source, generate_all
 from .loop import Given, Run, averaged, dual_course, loop, take_up
 from .memory import advice, check_wishes, place
 from .resume import StopRequest, facts, restore, save_checkpoint, save_run, set_aside, stop
@@ -38,6 +38,15 @@ from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
 
 # %% ../nbs/27_trainer.ipynb
+def _with_prior(case:Case, config, pipe, cache, accelerator, progress) -> Case:
+    "The case with others of its class, of a folder or by the base itself."
+    if not (count := prior_count(config.prior)):
+        return replace(case, prior=prior_items(config.prior, case.class_word))
+    prompt, shown = class_prompt(case.class_word), progress and accelerator.is_main_process
+    sizes = dict(height=config.height, width=config.width)
+    files = class_images(pipe, prompt, count, cache, accelerator.device, shown, **sizes)
+    return replace(case, prior=[Item(file, "image", prompt) for file in files])
+
 def set_up(config:TrainConfig, progress=True) -> Given:
     "Load, check, encode."
     accelerator = _accelerator(config)
@@ -60,12 +69,16 @@ def set_up(config:TrainConfig, progress=True) -> Given:
         raise InputError(f"expert {config.expert!r}: this base has one transformer for all noise levels")
     check_attachable(pipe.transformer, adapter, "default")
     with accelerator.main_process_first(): # the others find it in the cache
+        case = _with_prior(case, config, pipe, cache, accelerator, progress)
         said = [*prompts, own.negative]
         encoded, texts = encode_all(pipe, case, config, size.max_tokens, said, encoder, cache,
                                     accelerator.device, progress and accelerator.is_main_process)
+    for i in range(prior_count(config.prior)):
+        encoded.prior[i].source = class_source(case.prior[i].prompt, config.height, config.width, i)
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
                  prompts=prompts)
-    files = {k: [str(item.path) for item in getattr(case, k)] for k in ("identity", "motion")}
+    files = {k: [str(item.path) for item in items] for k in ("identity", "motion", "prior")
+             if (items := getattr(case, k))}
     return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter, init)
 
 # %% ../nbs/27_trainer.ipynb
@@ -183,7 +196,9 @@ def _read_scores(run):
 def _reference_rows(given:Given) -> list:
     "What was given, as rows of a contact sheet: up to six images and two clips."
     images = (f"given: {given.words['subject']}", [frames[0] for frames in given.seen("identity", 6)])
-    return [images, *((f"given: {given.words['motion']}", [clip]) for clip in given.seen("motion", 2))]
+    others = [frames[0] for frames in given.seen("prior", 6)]
+    clips = ((f"given: {given.words['motion']}", [clip]) for clip in given.seen("motion", 2))
+    return [images, *([("class", others)] if others else []), *clips]
 
 # %% ../nbs/27_trainer.ipynb
 def _scalars(row:dict) -> dict: # a row of `train_step`

@@ -280,6 +280,7 @@ class SubjectThenMotion(FullFineTune):
     prior_videos: int = 4        # drawn by the untouched base
     control: float = 2.          # added to attention scores in the box, taken off outside
     until: float = .6            # share of the timesteps below which control ends
+    unused = *FullFineTune.unused, "prior_weight", "motion_mask" # its clips lead, they are not learnt
 
     def __post_init__(self):
         if self.prior_videos < 1: raise InputError(f"prior_videos {self.prior_videos}: give 1 or more")

@@ -6,7 +6,8 @@
 __all__ = ['PALETTE', 'NEUTRAL', 'EXOTIC', 'KINDS', 'PATTERNS', 'FACES', 'ACCESSORIES', 'MOTIONS', 'HELD_OUT_MOTIONS',
            'BACKGROUNDS', 'HELD_OUT_SUBJECTS', 'VERBS', 'rgb', 'Subject', 'layers', 'Motion', 'plate', 'Truth',
            'find_motion', 'render', 'flow', 'caption', 'near', 'wide_subject', 'unlike', 'wandering', 'names',
-           'wide_picture', 'wide_clip', 'wide_caption', 'random_subject', 'write_case', 'identity_pictures']
+           'wide_picture', 'wide_clip', 'wide_caption', 'random_subject', 'write_case', 'identity_pictures',
+           'mask_picture']
 
 # %% ../../nbs/15_toyworld.ipynb
 import colorsys
@@ -591,17 +592,22 @@ def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, an
                motion:str="swinging", # a motion's name
                images:int=8, clips:int=24, seed:int=0,
                height:int=None, width:int=None, # pixels; None: as the toy base draws
-               frames:int=9, fps:int=8
+               frames:int=9, fps:int=8,
+               masks:bool=False # also `masks/`: where the creatures are
               ) -> Path: # the folder
     "Write a customization case as folders of ordinary files."
     folder, rng = Path(folder), np.random.default_rng(seed)
     one = _one_of(HELD_OUT_SUBJECTS, subject, "subject") if isinstance(subject, str) else subject
     find_motion(motion) # before anything is written
-    pictures, places = identity_pictures(one, images, rng, height, width)
-    for i, picture in enumerate(pictures):
-        with atomic_path(folder / f"identity/images/{i:02d}.png") as tmp: Image.fromarray(picture).save(tmp)
-    films, says = _motion_clips(motion, clips, rng, frames, height, width, unnamed=one.kind)
-    for i, clip in enumerate(films): write_video(folder / f"motion/videos/{i:02d}.mp4", clip, fps)
+    shots, places = _identity_shots(one, images, rng, height, width)
+    films, says = _motion_films(motion, clips, rng, frames, height, width, unnamed=one.kind)
+    for i, (picture, truth) in enumerate(shots):
+        _write_picture(folder / f"identity/images/{i:02d}.png", picture[0])
+        if masks: _write_picture(folder / f"identity/masks/{i:02d}.png", mask_picture(truth.mask[0]))
+    for i, (clip, truth) in enumerate(films):
+        write_video(folder / f"motion/videos/{i:02d}.mp4", clip, fps)
+        for k, mask in enumerate(truth.mask if masks else ()):
+            _write_picture(folder / f"motion/masks/{i:02d}/{k:02d}.png", mask_picture(mask))
     _write_lines(folder / "identity/prompts.txt", [f"{one.kind} * {BACKGROUNDS[p][0]}" for p in places])
     _write_lines(folder / "motion/prompts.txt", says)
     return folder
@@ -610,19 +616,31 @@ def write_case(folder, # gets `identity/images/*.png`, `motion/videos/*.mp4`, an
 def identity_pictures(subject:Subject, count:int, rng, height:int=None, width:int=None # as for `render`
                      ) -> tuple: # pictures, places
     "Pictures of one subject, uint8 (H, W, 3), each in another place, size and tilt; and the places' names."
+    shots, places = _identity_shots(subject, count, rng, height, width)
+    return [frames[0] for frames, _ in shots], places
+
+def _identity_shots(subject, count, rng, height, width): # each with its truth
     order = [str(p) for p in rng.permutation(list(BACKGROUNDS))]
     places = [order[i % len(order)] for i in range(count)]
     shot = lambda place: render(subject, "still", place, 1, height, width, rng, rng.uniform(.27, .34), 2.)
-    return [shot(place)[0][0] for place in places], places
+    return [shot(place) for place in places], places
 
-def _motion_clips(motion:str, count:int, rng, frames:int, height:int, width:int,
+def mask_picture(mask:np.ndarray # (H, W) of `Truth.mask`
+                ) -> np.ndarray: # uint8 (H, W), 255: the creature
+    "A mask as a file holds it."
+    return (255 * mask.astype(np.float32) + .5).astype(np.uint8)
+
+def _write_picture(path, picture):
+    with atomic_path(path) as tmp: Image.fromarray(picture).save(tmp)
+
+def _motion_films(motion:str, count:int, rng, frames:int, height:int, width:int,
                   unnamed:str="" # a kind that captions call "creature": it must not be taught the motion
-                 ) -> tuple: # clips, captions
-    "Clips of one motion, uint8 (F, H, W, 3), each by another random subject; and their captions."
+                 ) -> tuple: # of `render`, captions
+    "Clips of one motion, each by another random subject; and their captions."
     films, says = [], []
     for _ in range(count):
         subject, place = random_subject(rng), str(rng.choice(list(BACKGROUNDS)))
-        films.append(render(subject, motion, place, frames, height, width, rng)[0])
+        films.append(render(subject, motion, place, frames, height, width, rng))
         says.append(caption(subject, motion, place, name="creature" if subject.kind == unnamed else None))
     return films, says
 
