@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['MIN_CLIP', 'Item', 'Case', 'is_photo', 'identity_files', 'motion_files', 'prompt_list', 'joint_prompt', 'load_case',
-           'case_faults', 'source_frames', 'first_frame', 'read_item']
+           'hold_out', 'case_faults', 'source_frames', 'first_frame', 'read_item']
 
 # %% ../nbs/13_data.ipynb
 import csv
@@ -14,14 +14,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import numpy as np
 
 from . import video
-from .core import InputError
+from .core import InputError, counted
 
 # %% ../nbs/13_data.ipynb
 @dataclass(frozen=True)
@@ -457,6 +457,23 @@ def load_case(identity: str | Path,  # folder of the subject's images
         _class_word(item.prompt)
     layouts = dict(identity=taken, motion=also)
     return Case(subjects, clips, _class_word(one), one, other, _motion_words(other), left + out, layouts)
+
+# %% ../nbs/13_data.ipynb
+def _part_of(case: Case, identity: list[Item], motion: list[Item]) -> Case:
+    "A case of some of its items, with what their captions share."
+    one = _shared_caption([item.prompt for item in identity], "identity")
+    other = _shared_caption([item.prompt for item in motion], "motion")
+    said = dict(class_word=_class_word(one), identity_prompt=one, motion_prompt=other)
+    return replace(case, identity=identity, motion=motion, motion_words=_motion_words(other), **said)
+
+
+def hold_out(case: Case) -> tuple[Case, Case]:  # what is learnt from; the last image and the last clip
+    "Keep an image and a clip aside; `InputError` if there are too few."
+    images, clips = case.identity, case.motion
+    if min(len(images), len(clips)) < 2:
+        has = f"{counted(len(images), 'image')} and {counted(len(clips), 'clip')}"
+        raise InputError(f"hold_out: of {has} none can be kept aside; give at least 2 of each, or train without")
+    return _part_of(case, images[:-1], clips[:-1]), _part_of(case, images[-1:], clips[-1:])
 
 # %% ../nbs/13_data.ipynb
 def _half_faults(folder, role, prompt) -> list[str]:

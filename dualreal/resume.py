@@ -167,7 +167,7 @@ def save_run(run:Run, folder):
 # %% ../nbs/26_resume.ipynb
 def _state(run, randoms):
     "What the next step depends on beside the adapter."
-    return dict(step=run.step, log=run.log, seconds=run.seconds, sources=_learnt_from(run), randoms=randoms,
+    return dict(step=run.step, log=run.log, held=run.held, seconds=run.seconds, sources=_learnt_from(run), randoms=randoms,
                 config=json.loads(json.dumps(asdict(run.config), default=str)),
                 optimizer=run.optimizer.state_dict(), schedule=run.schedule.state_dict(),
                 switch=run.switch.state_dict(), generator=run.generator.get_state(),
@@ -175,7 +175,10 @@ def _state(run, randoms):
 
 def _learnt_from(run):
     "Captions and files that are learnt from, not their latents: those differ by device and precision."
-    return {k: [item.source for item in getattr(run.case, k)] for k in ("identity", "motion")}
+    aside = run.given.aside # never learnt from, and still the run's own
+    found = dict(identity=run.case.identity, motion=run.case.motion)
+    if aside: found["aside"] = aside.identity + aside.motion
+    return {k: [item.source for item in items] for k, items in found.items()}
 
 def save_checkpoint(run:Run) -> Path: # called by all processes: the first one writes
     "checkpoints/step-N: adapter.safetensors, state.pt and their checksums."
@@ -222,4 +225,5 @@ def _continue(run, state, adapter):
     for k, order in run.orders.items(): order.left = state["orders"][k]
     for k, p in run.adapter.items(): p.copy_(adapter[k])
     run.step, run.log, run.seconds = state["step"], state["log"], {**run.seconds, **state["seconds"]}
+    run.held = state.get("held", [])
     run.saved = run.step
