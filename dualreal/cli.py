@@ -101,11 +101,13 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     if watch.score_previews and not config.preview_every:
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.base import base_size, find_sizes, video_size
+    from dualreal.data import hold_out
     from dualreal.store import check_out, check_same
     if check_out(config.out, config.resume):
         print(f"{config.out}: this run is finished already; nothing to do")
         return
-    _loaded(config)
+    case = _loaded(config)
+    if config.hold_out: hold_out(case)
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
     video_size(folder, whole)
@@ -122,15 +124,19 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     if config.samples: print(f"videos         {path.parent/'samples'}")
     _say_next(path.parent, config)
     _say_best(path.parent)
+    _say_held(path.parent)
 
 def _warn(config):
     "What is not used, what `check` would warn of without reading a file, and what is going to happen."
-    from dualreal.data import load_case
+    from dualreal.data import hold_out, load_case
     from dualreal.doctor import case_warnings
     if os.environ.get("RANK", "0") != "0": return
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
     for text in case.notes: print(f"note: {text}")
     for text in case_warnings(case): print(text)
+    if config.hold_out:
+        case, aside = hold_out(case)
+        print(f"kept aside     {aside.identity[0].path}, {aside.motion[0].path}")
     found = counted(len(case.identity), "image"), counted(len(case.motion), "clip")
     print(f"{', '.join(found)}: encoding, then training")
 
@@ -153,6 +159,16 @@ def _say_best(out):
     folder = out/"previews"/f"step-{best['step']}"
     print(f"{where}\nbest step      {best['step']} of {run['config']['steps']} ({numbers}); to use it:\n"
           f'  dualreal generate --adapter {folder} --prompt "{prompt}" --out video.mp4')
+
+def _say_held(out):
+    "Where the loss of what was kept aside was lowest."
+    held = json.loads((out/"run.json").read_text(encoding="utf-8")).get("hold_out")
+    if held is None: return
+    last = held["log"][-1]
+    said = (f"{d} lowest at step {low['step']} ({low['loss']:.3f}; at step {last['step']} {last[d]:.3f})"
+            for d, low in held["lowest"].items())
+    print(f"hold-out loss  {', '.join(said)}")
+
 
 # %% ../nbs/52_cli.ipynb
 def _say_next(out, config):
@@ -295,12 +311,30 @@ def _run_evaluate(config:settings.EvaluateConfig):
     return status(report)
 
 # %% ../nbs/52_cli.ipynb
+def _suggested(config) -> dict|None: # None: not asked for
+    "Captions that the folders suggest, printed, and written where that is wanted."
+    from dualreal.suggest import format_suggestions, suggest, write_suggestions
+    if not config.suggest:
+        if config.write: raise InputError("--write: give --suggest, too; it writes what that proposes")
+        return None
+    found = suggest(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    if not config.json: print(format_suggestions(found))
+    if config.write:
+        done = write_suggestions(found, dict(identity=config.identity, motion=config.motion))
+        if not config.json: print(*done, sep="\n")
+    return found
+
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
     from dualreal.base import base_family, base_size, check_picture, configs_of, find_sizes
     from dualreal.data import MIN_CLIP
-    from dualreal.doctor import case_sheet, check_case, format_report
-    case = _loaded(config)
+    from dualreal.doctor import check_case, format_report
+    said = _suggested(config)
+    try: case = _loaded(config)
+    except InputError as e:
+        if said is None: raise
+        return print(json.dumps(dict(ok=False, suggestions=said, missing=str(e)), indent=1) if config.json
+                     else f"not checked: {e}")
     folder = find_sizes(config.base)
     base = base_size(folder)
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
@@ -316,14 +350,23 @@ def _run_check(config:settings.CheckConfig):
     from transformers import AutoTokenizer  # seconds
     tokenizer = AutoTokenizer.from_pretrained(folder/"tokenizer")
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
-    report = check_case(case, *size, tokens, **how)
+    report = check_case(case, *size, tokens, **how, held=config.hold_out)
     family = base_family(folder)
     member = family.member(configs_of(folder)["transformer"])
     report["base"] |= dict(name=config.base, family=family.name, member=member)
+    if said: report["suggestions"] = said
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
-    if config.sheet: case_sheet(case, *size, config.sheet, **how)
+    if config.sheet: _write_sheet(case, size, config, how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
+
+def _write_sheet(case, size, config, how):
+    "A picture of what training will see, and of what is kept aside."
+    from dualreal.data import hold_out
+    from dualreal.doctor import case_sheet
+    enough = config.hold_out and min(len(case.identity), len(case.motion)) > 1
+    learnt, aside = hold_out(case) if enough else (case, None)
+    case_sheet(learnt, *size, config.sheet, **how, aside=aside)
 
 # %% ../nbs/52_cli.ipynb
 def _run_inspect(config:settings.InspectConfig):

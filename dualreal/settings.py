@@ -256,6 +256,8 @@ class CheckConfig:
     hold_out: bool = _like(TrainConfig, "hold_out")
     sheet: str | None = option(None, "also write a picture of what training will see", unset="no picture",
                                shown="FILE.png")
+    suggest: bool = option(False, "propose captions, from what files and folders say")
+    write: bool = option(False, "with --suggest: also make a prompts.txt of them")
     json: bool = option(False, "print the report as JSON")
 
 # %% ../nbs/10_settings.ipynb
