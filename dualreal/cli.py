@@ -169,7 +169,6 @@ def _say_held(out):
             for d, low in held["lowest"].items())
     print(f"hold-out loss  {', '.join(said)}")
 
-
 # %% ../nbs/52_cli.ipynb
 def _say_next(out, config):
     prompt = json.loads((out/"run.json").read_text(encoding="utf-8"))["words"]["prompts"][0]

@@ -167,8 +167,8 @@ def save_run(run:Run, folder):
 # %% ../nbs/26_resume.ipynb
 def _state(run, randoms):
     "What the next step depends on beside the adapter."
-    return dict(step=run.step, log=run.log, held=run.held, seconds=run.seconds, sources=_learnt_from(run), randoms=randoms,
-                config=json.loads(json.dumps(asdict(run.config), default=str)),
+    return dict(step=run.step, log=run.log, held=run.held, seconds=run.seconds, sources=_learnt_from(run),
+                randoms=randoms, config=json.loads(json.dumps(asdict(run.config), default=str)),
                 optimizer=run.optimizer.state_dict(), schedule=run.schedule.state_dict(),
                 switch=run.switch.state_dict(), generator=run.generator.get_state(),
                 orders={k: order.left for k, order in run.orders.items()})

@@ -129,6 +129,13 @@ def test_resumed(home, whole, tmp_path):
         record(whole)["hold_out"]["log"]
 
 
+def test_with_a_plan_for_the_memory(home, whole, tmp_path):
+    "Blocks that are computed twice or streamed are looked through like others."
+    train(settings(home, tmp_path / "run", memory="0.0005"), progress=False)
+    assert same(tmp_path / "run", whole)
+    assert record(tmp_path / "run")["hold_out"]["log"] == record(whole)["hold_out"]["log"]
+
+
 def test_resumed_otherwise(home, tmp_path):
     "Without it, or with another file aside, it is another run."
     def hook(run, row):
