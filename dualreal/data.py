@@ -482,7 +482,7 @@ def hold_out(case: Case) -> tuple[Case, Case]:  # what is learnt from; the last 
     images, clips = case.identity, case.motion
     if min(len(images), len(clips)) < 2:
         has = f"{counted(len(images), 'image')} and {counted(len(clips), 'clip')}"
-        raise InputError(f"--hold-out keeps one of each aside, which {has} do not allow: give 2 of each or more")
+        raise InputError(f"--hold-out keeps one of each aside, which {has} do not allow: give 2 or more")
     return _part_of(case, images[:-1], clips[:-1]), _part_of(case, images[-1:], clips[-1:])
 
 # %% ../nbs/13_data.ipynb

@@ -217,7 +217,8 @@ def check_same(config:TrainConfig):
 
 def compare(config, before:dict): # before: the settings as JSON
     "`InputError` names the first setting that would make another run of it."
-    now, before = json.loads(json.dumps(asdict(config), default=str)), dict(coupling="mutual", hold_out=False) | before
+    now, unsaid = json.loads(json.dumps(asdict(config), default=str)), dict(coupling="mutual", hold_out=False)
+    before = unsaid | before # as it was when there was no such setting
     both = now.keys() & before.keys() - MAY_DIFFER
     for k in sorted(both, key=lambda k: (k != "coupling", k)): # first, because it may imply another
         if before[k] != now[k]:

@@ -18,27 +18,29 @@ from .core import InputError, atomic_path
 from .data import caption_files, class_of, identity_files, motion_files
 
 # %% ../nbs/19_suggest.ipynb
-_MACHINES = set("""img image images photo photos picture pictures pic pics dsc dscn dscf pxl mvi mov vid video videos
-    clip clips movie film gopr gopro dji whatsapp screenshot screen recording signal frame frames untitled unnamed
-    unknown download downloads copy final edit edited crop cropped resized small large original new scan file capture
-    snapshot slow slowmo motion hd uhd fps am pm jpg jpeg png heic mp4 mov avi webm gif""".split())
+_KINDS = set("image images photo photos picture pictures pic pics video videos clip clips".split())
+_MACHINES = _KINDS | set("""img dsc dscn dscf pxl mvi mov vid movie film gopr gopro dji whatsapp
+    screenshot screen recording signal frame frames untitled unnamed unknown download downloads copy
+    final edit edited crop cropped resized small large original new scan file capture snapshot slow
+    slowmo motion hd uhd fps am pm jpg jpeg png heic mp4 webm avi gif""".split())
 _SHORT = set("a an the in on of at to by my is are it up his her our its with and or two for from".split())
 
-def _words(text: str  # a file's or folder's name, or a description
+def _words(text: str,  # a file's or folder's name
+           left_out: set = _MACHINES  # of a description: `_KINDS`
            ) -> list[str]:  # lower case
     "The words that a person wrote."
     found = []
     for token in re.findall(r"\w[\w']*", text.replace("_", " ")):
         token = re.sub(r"\d+$", "", token)  # dog6
         parts = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", token).split()
-        if token.lower() in _MACHINES: continue  # WhatsApp
+        if token.lower() in left_out: continue  # WhatsApp
         if len(parts) > 1 and any(len(p) < 3 and p.lower() not in _SHORT for p in parts): continue  # kFhZqWmN
-        found += [part.lower() for part in parts if _is_word(part.lower())]
+        found += [p.lower() for p in parts if p.lower() not in left_out and _is_word(p.lower())]
     return found
 
 def _is_word(part: str) -> bool:  # part: lower case
-    "Whether it is neither a number, a code nor a machine's word."
-    if re.search(r"\d", part) or part in _MACHINES: return False
+    "Whether it is neither a number nor a code."
+    if re.search(r"\d", part): return False
     if len(part) == 1: return part == "a" or not part.isascii()
     return not part.isascii() or re.search(r"[aeiouy]", part) is not None
 
@@ -78,13 +80,14 @@ def _image_texts(path: Path) -> list[tuple]:  # (where, text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded here
         try: image = Image.open(path)
-        except Image.DecompressionBombError: return []  # so large that Pillow does not open it: its name remains
+        except Image.DecompressionBombError: return []  # too large for Pillow: its name remains
     with image:
         packet = _decoded(image.info.get("xmp") or image.info.get("XML:com.adobe.xmp", ""))
         iptc = IptcImagePlugin.getiptcinfo(image) or {}
         found = _exif_texts(image) + _xmp_texts(packet)
         found += [(where, _decoded(iptc[key])) for key, where in _IPTC.items() if key in iptc]
-        return found + [(f"{image.format} {k.lower()}", _decoded(image.info[k])) for k in _PNG if k in image.info]
+        own = [(k, image.info[k]) for k in _PNG if k in image.info]
+        return found + [(f"{image.format} {k.lower()}", _decoded(text)) for k, text in own]
 
 def _clip_texts(path: Path) -> list[tuple]:  # (where, text)
     "What a clip's container says of itself."
@@ -92,25 +95,29 @@ def _clip_texts(path: Path) -> list[tuple]:  # (where, text)
 
     video.clip_facts(path)  # `InputError` if it cannot be read
     with av.open(str(path)) as container: told = {k.lower(): v for k, v in container.metadata.items()}
-    return [(f"container's {k}", told[k]) for k in ("title", "description", "synopsis", "comment") if k in told]
+    kinds = "title", "description", "synopsis", "comment"
+    return [(f"container's {k}", told[k]) for k in kinds if k in told]
 
-_PROGRAMS = re.compile(r"(?i)digital camera|dcim|\bcreated (with|by|using)\b|^samsung$|^sony dsc$|lavf|charset=|"
-                       r"screenshot|https?:|^vid:|photoshop|^[{\[<]|applemark|^default$|\bcopyright\b")
+_PROGRAMS = re.compile(r"(?i)digital camera|dcim|\bcreated (with|by|using)\b|^samsung$|^sony dsc$|lavf|"
+                       r"charset=|screenshot|https?:|^vid:|photoshop|^[{\[<]|applemark|^default$|copyright")
 _LONG = 20  # words: more are a story
 
 def _texts(path: Path) -> list[tuple]:  # (where, words), names last
     "What a file says, the more deliberate first."
     image = path.is_file() and path.suffix.lower() in video.IMAGE_SUFFIXES
     found = _image_texts(path) if image else _clip_texts(path) if path.is_file() else []
-    said = [(where, _words(re.split(r"[.!?\n](?:\s|$)", text.strip())[0])) for where, text in found
-            if not _PROGRAMS.search(text)]
+    first = ((where, re.split(r"[.!?\n](?:\s|$)", text.strip())[0]) for where, text in found
+             if not _PROGRAMS.search(text))
+    said = [(where, _words(text, _KINDS if " " in text else _MACHINES)) for where, text in first]
     name = path.name if path.is_dir() else path.stem
     return [(where, words) for where, words in said if 0 < len(words) <= _LONG] + [("name", _words(name))]
 
 # %% ../nbs/19_suggest.ipynb
-_LINKS = set("in on at with near under over behind beside by of and from to inside outside against is are was".split())
-_ROLES = set("""identity motion subject train training data dataset input instance class case reference ref my a the
-    test tmp temp out output folder album camera roll desktop documents home user work""".split())
+_LINKS = set("""in on at with near under over behind beside by of and from to inside outside against is are
+    was""".split())
+_ROLES = set("""identity motion subject train training data dataset input instance class case
+    reference ref my a the test tmp temp out output folder album camera roll desktop documents home
+    user work""".split())
 
 def _folder_words(folder: Path) -> list[str]:  # none: it is named for its place
     "What a folder is called; one that a layout names is called as the one above it."
@@ -149,20 +156,22 @@ def _trimmed(words: list[str]) -> list[str]:
     return words
 
 # %% ../nbs/19_suggest.ipynb
-_NOUNS = set("""thing something nothing anything everything morning evening spring string king ring wing building
-    ceiling wedding during sibling darling being painting drawing""".split())
-_ACTORS = set("""man woman boy girl person people men women children child kid kids baby guy lady dancer player
-    athlete runner skater surfer boxer couple group friend friends son daughter father mother creature robot dog cat
-    horse bird bear monkey""".split())
+_NOUNS = set("""thing something nothing anything everything morning evening spring string king ring
+    wing building ceiling wedding during sibling darling being painting drawing""".split())
+_ACTORS = set("""man woman boy girl person people men women children child kid kids baby guy lady
+    dancer player athlete runner skater surfer boxer couple group friend friends son daughter father
+    mother creature robot dog cat horse bird bear monkey""".split())
 _MANY = set("people men women children kids friends two three four some both".split())
 _KNOWN = set("a an the my his her its our this that one two three four some both".split())
+_KNOWN |= set("me him them us you he she they we someone somebody".split())
 
 def _doing(words: list[str]) -> str | None:  # "a person is playing guitar"
     "A caption of words that say what is done."
     at = [i for i, w in enumerate(words) if w.endswith("ing") and len(w) > 4 and w not in _NOUNS]
     if not at: return None
     who, what = words[:at[0]], _trimmed(words[at[0]:])
-    while who and who[0] in _LINKS: who = who[1:]  # "of a man playing"
+    if "of" in who: who = who[len(who) - who[::-1].index("of"):]  # "a film of a man playing"
+    while who and who[0] in _LINKS: who = who[1:]
     if who and who[-1] in ("is", "are"): who = who[:-1]
     if who and not set(who) & _ACTORS:
         if set(who) & _KNOWN or len(who) > 2: return None  # somebody, but who

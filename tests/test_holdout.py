@@ -212,7 +212,7 @@ def test_too_few(home, tmp_path, capsys):
              "--identity-prompt", "cat *", "--motion-prompt", "it is up", "--base", f"{home / 'tiny'}"]
     assert main(["train", *words, "--out", f"{tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0 and "2 images and 1 clip do not allow: give 2 of each or more" in said
+    assert said.count("\n") == 0 and "2 images and 1 clip do not allow: give 2 or more" in said
     assert not (tmp_path / "run").exists()
     assert main(["check", *words, "--frames", "5"]) == 2
     assert "1 clip do not allow" in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_words_in_an_image(folders, where):
     ("man playing guitar on a stage", "a man is playing guitar on a stage"),
     ("two kids jumping", "two kids are jumping"), ("RockClimbing", "a person is rock climbing"),
     ("a woman is dancing", "a woman is dancing"), ("guitar", None), ("good morning", None), ("wedding", None),
-    ("the thing moving", None), ("video of a boy running", "a boy is running")])
+    ("the thing moving", None), ("video of a boy running", "a boy is running"), ("me dancing", None)])
 def test_names_of_clips(folders, name, caption):
     clip(folders["motion"] / f"{name}.mp4")
     assert captions(folders, "motion")[f"{name}.mp4"] == caption
