@@ -103,12 +103,14 @@ def _refused(config, watch) -> tuple: # the run's settings; its adapter, if noth
     if watch.score_previews and not config.preview_every:
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.base import base_size, fetch_adapter, find_sizes, video_size
-    from dualreal.data import prior_items
+    from dualreal.data import hold_out, prior_items
     from dualreal.store import adapter_info, as_begun, begun, check_out, check_same
     config = as_begun(config)
     if done := check_out(config.out, config.resume, config.steps): return config, done
     if config.init and not begun(config.out): adapter_info(fetch_adapter(config.init))
-    prior_items(config.prior, _loaded(config).class_word)
+    case = _loaded(config)
+    prior_items(config.prior, case.class_word)
+    if config.hold_out: hold_out(case)
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
     video_size(folder, whole)
@@ -132,6 +134,7 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig, queue:se
     if config.samples: print(f"videos         {path.parent/'samples'}")
     _say_next(path.parent, config)
     _say_best(path.parent)
+    _say_held(path.parent)
 
 def _ended(config, adapter): # adapter: of the run, as far as it is
     if adapter.parent == Path(config.out): return "this run is finished already"
@@ -139,7 +142,7 @@ def _ended(config, adapter): # adapter: of the run, as far as it is
 
 def _warn(config):
     "What is not used, what `check` would warn of without reading a file, and what is going to happen."
-    from dualreal.data import load_case
+    from dualreal.data import hold_out, load_case
     from dualreal.doctor import case_warnings
     if os.environ.get("RANK", "0") != "0": return
     case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
@@ -147,6 +150,9 @@ def _warn(config):
     if config.mask_weight is None and any(item.mask for item in case.identity + case.motion):
         print("note: masks are there, and without --mask-weight none counts")
     for text in case_warnings(case): print(text)
+    if config.hold_out:
+        case, aside = hold_out(case)
+        print(f"kept aside     {aside.identity[0].path}, {aside.motion[0].path}")
     found = counted(len(case.identity), "image"), counted(len(case.motion), "clip")
     print(f"{', '.join(found)}: encoding, then training")
 
@@ -169,6 +175,15 @@ def _say_best(out):
     folder = out/"previews"/f"step-{best['step']}"
     print(f"{where}\nbest step      {best['step']} of {run['config']['steps']} ({numbers}); to use it:\n"
           f'  dualreal generate --adapter {folder} --prompt "{prompt}" --out video.mp4')
+
+def _say_held(out):
+    "Where the loss of what was kept aside was lowest."
+    held = json.loads((out/"run.json").read_text(encoding="utf-8")).get("hold_out")
+    if held is None: return
+    last = held["log"][-1]
+    said = (f"{d} lowest at step {low['step']} ({low['loss']:.3f}; at step {last['step']} {last[d]:.3f})"
+            for d, low in held["lowest"].items())
+    print(f"hold-out loss  {', '.join(said)}")
 
 # %% ../nbs/52_cli.ipynb
 def _say_next(out, config):
@@ -391,14 +406,32 @@ def _run_evaluate(config:settings.EvaluateConfig):
     return status(report)
 
 # %% ../nbs/52_cli.ipynb
+def _suggested(config) -> dict|None: # None: not asked for
+    "Captions that the folders suggest, printed, and written where that is wanted."
+    from dualreal.suggest import format_suggestions, suggest, write_suggestions
+    if not config.suggest:
+        if config.write: raise InputError("--write: give --suggest, too; it writes what that proposes")
+        return None
+    found = suggest(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    if not config.json: print(format_suggestions(found))
+    if config.write:
+        done = write_suggestions(found, dict(identity=config.identity, motion=config.motion))
+        if not config.json: print(*done, sep="\n")
+    return found
+
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
     from dualreal.base import base_family, base_size, check_picture, configs_of, find_sizes
     from dualreal.data import MIN_CLIP, class_prompt, prior_count, prior_items
-    from dualreal.doctor import case_sheet, check_case, format_report
+    from dualreal.doctor import check_case, format_report
     from dualreal.masks import masking_of
     settings.check_masking(settings.checked(config))
-    case = _loaded(config)
+    said = _suggested(config)
+    try: case = _loaded(config)
+    except InputError as e:
+        if said is None: raise
+        return print(json.dumps(dict(ok=False, suggestions=said, missing=str(e)), indent=1) if config.json
+                     else f"not checked: {e}")
     case = replace(case, prior=prior_items(config.prior, case.class_word))
     folder = find_sizes(config.base)
     base = base_size(folder)
@@ -417,16 +450,25 @@ def _run_check(config:settings.CheckConfig):
     sizes = dict(zip(("height", "width", "frames"), size))
     how["masking"] = masking_of(replace(config, **sizes), base.clip_step)
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
-    report = check_case(case, *size, tokens, **how)
+    report = check_case(case, *size, tokens, **how, held=config.hold_out)
     family = base_family(folder)
     member = family.member(configs_of(folder)["transformer"])
     report["base"] |= dict(name=config.base, family=family.name, member=member)
     if made := prior_count(config.prior):
         report["prior_made"] = dict(count=made, prompt=class_prompt(case.class_word))
+    if said: report["suggestions"] = said
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
-    if config.sheet: case_sheet(case, *size, config.sheet, **how)
+    if config.sheet: _write_sheet(case, size, config, how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
+
+def _write_sheet(case, size, config, how):
+    "A picture of what training will see, and of what is kept aside."
+    from dualreal.data import hold_out
+    from dualreal.doctor import case_sheet
+    enough = config.hold_out and min(len(case.identity), len(case.motion)) > 1
+    learnt, aside = hold_out(case) if enough else (case, None)
+    case_sheet(learnt, *size, config.sheet, **how, aside=aside)
 
 # %% ../nbs/52_cli.ipynb
 def _run_inspect(config:settings.InspectConfig):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import video
 from .core import InputError
-from .data import Case, Item, is_photo, read_item, source_frames
+from .data import Case, Item, hold_out, is_photo, read_item, source_frames
 
 # %% ../nbs/14_doctor.ipynb
 _LEVELS = ("error", "warning", "note")  # of findings, worst first
@@ -224,6 +224,24 @@ def _about_case(case: Case,
     return [_finding(*one) for one in found]
 
 # %% ../nbs/14_doctor.ipynb
+_TO_SPARE = 8, 6  # images and clips, of which one each can be kept aside
+
+
+def _about_hold_out(case: Case,
+                    held: bool  # whether --hold-out was said
+                    ) -> list[dict]:  # findings
+    "What is kept aside, or could be."
+    counts = len(case.identity), len(case.motion)
+    if not held:
+        text = f"{counts[0]} images and {counts[1]} clips are enough to keep one of each aside."
+        enough = all(there >= least for there, least in zip(counts, _TO_SPARE))
+        return [_finding("note", text, "train with --hold-out, and their loss is logged")] if enough else []
+    try: _, aside = hold_out(case)
+    except InputError as error: return [_finding("error", str(error), "add some, or leave --hold-out out")]
+    text = f"{aside.identity[0].path.name} and {aside.motion[0].path.name} are kept aside, never trained on."
+    return [_finding("note", text, "nothing: their loss is logged")]
+
+# %% ../nbs/14_doctor.ipynb
 def _about_clips(rows: list[dict],  # of motion clips
                  fps: float | None  # the rate asked for
                  ) -> list[dict]:  # findings
@@ -287,12 +305,13 @@ def check_case(case: Case,
                fps: float | None = None,  # as for `read_item`
                fit: str = "crop",
                step: int = 4,  # of `usable_frames`
-               masking=None  # of `masks.masking_of`; None: masks do not count
+               masking=None,  # of `masks.masking_of`; None: masks do not count
+               held: bool = False  # whether an image and a clip are kept aside
                ) -> dict:  # JSON-able; "ok" is False if there is an error among "findings"
     "Read everything and gather every error, warning and note instead of stopping at the first."
     aim = _aim(height, width, max_frames, fps, fit, step)
     rows, found = _read_all(case, aim, masking)
-    found = _about_case(case, prompt_tokens) + found
+    found = _about_case(case, prompt_tokens) + _about_hold_out(case, held) + found
     found = sorted(found, key=lambda finding: _LEVELS.index(finding["level"]))
     levels = Counter(finding["level"] for finding in found)
     words = ("class_word", "identity_prompt", "motion_prompt", "motion_words")
@@ -369,6 +388,7 @@ def case_sheet(case: Case,
                path: str | Path | None = None,  # also written there
                cell: int = 96,  # height of a cell in pixels
                masking=None,  # as for `check_case`: what counts less is darker
+               aside: Case | None = None,  # what is not trained on: a row for each item
                **how  # fps, fit, step: as for `read_item`
                ) -> Image.Image:
     "Images and clips as they are trained on, six frames of each clip; what cannot be read is left out."
@@ -384,5 +404,7 @@ def case_sheet(case: Case,
     others = [frames[0] for item in case.prior if (frames := seen(item)) is not None]
     if others: rows += [(f"class: {case.prior[0].prompt}", others)]
     rows += [(item.path.name, [f]) for item in case.motion if (f := seen(item)) is not None]
+    for item in aside.identity + aside.motion if aside else []:
+        if (f := seen(item)) is not None: rows.append((f"kept aside: {item.path.name}", [f]))
     if not rows: raise InputError("There is nothing to show: no image and no clip of this case can be read.")
     return video.contact_sheet(rows, cell=cell, path=path)

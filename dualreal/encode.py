@@ -53,6 +53,14 @@ class EncodedCase:
         first = self.identity[0].reference
         return None if first is None else first[None]
 
+    def apart(self, paths) -> tuple: # of two cases
+        "What comes from other files, and what comes from these."
+        own = {str(path) for path in paths}
+        def those(kept):
+            found = ([i for i in items if (i.path in own) == kept] for items in (self.identity, self.motion))
+            return EncodedCase(*found, self.cached, [] if kept else self.prior)
+        return those(False), those(True)
+
 # %% ../nbs/22_encode.ipynb
 def check_finite(x:torch.Tensor,
                  where:str,     # what made it, beginning a sentence

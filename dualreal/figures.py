@@ -18,7 +18,9 @@ def save_figure(figure, path, dpi:int=120):
     plt.close(figure)
 
 # %% ../nbs/16_figures.ipynb
-def loss_figure(log:list, window:int=25): # log: rows of `train_step`; window: of the running mean
+def loss_figure(log:list,      # rows of `train_step`
+                window:int=25, # of the running mean
+                held:list=()): # rows with step, identity, motion: losses of what was kept aside
     "Loss by dimension over the steps; returns a matplotlib figure."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
@@ -29,6 +31,8 @@ def loss_figure(log:list, window:int=25): # log: rows of `train_step`; window: o
         ax.plot(steps, losses, ".", ms=3, color=colour, alpha=.3)
         mean = [sum(r) / len(r) for r in recent]
         ax.plot(steps, mean, color=colour, label=f"{dimension}, mean of {min(window, len(rows))}")
+        aside = [r["step"] for r in held], [r[dimension] for r in held]
+        if held: ax.plot(*aside, "o--", ms=4, color=colour, mfc="white", label=f"{dimension}, held out")
     ax.set(xlabel="step", ylabel="loss")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -180,17 +180,18 @@ def save_run(run:Run, folder):
 def _state(run, randoms):
     "What the next step depends on beside the adapter."
     own = {k: p.detach() for k, p in run.adapter.items()} if run.average else None # what is saved is the mean
-    return dict(step=run.step, log=run.log, seconds=run.seconds, sources=_learnt_from(run), randoms=randoms,
-                config=json.loads(json.dumps(asdict(run.config), default=str)), courses=run.courses,
-                weights=own, average=run.average and run.average.state_dict(),
+    return dict(step=run.step, log=run.log, held=run.held, seconds=run.seconds, sources=_learnt_from(run),
+                randoms=randoms, config=json.loads(json.dumps(asdict(run.config), default=str)),
+                courses=run.courses, weights=own, average=run.average and run.average.state_dict(),
                 optimizer=run.optimizer.state_dict(), switch=run.switch.state_dict(),
                 generator=run.generator.get_state(),
                 orders={k: order.left for k, order in run.orders.items()})
 
 def _learnt_from(run):
     "Captions and files that are learnt from, not their latents: those differ by device and precision."
-    known = {k: [item.source for item in getattr(run.case, k)] for k in ("identity", "motion", "prior")}
-    return {k: sources for k, sources in known.items() if sources} # of earlier runs, which knew no prior
+    known, aside = {k: getattr(run.case, k) for k in ("identity", "motion", "prior")}, run.given.aside
+    if aside: known["aside"] = aside.identity + aside.motion # never learnt from, and still the run's own
+    return {k: [item.source for item in items] for k, items in known.items() if items}
 
 def save_checkpoint(run:Run) -> Path: # called by all processes: the first one writes
     "checkpoints/step-N: adapter.safetensors, state.pt and their checksums."
@@ -239,7 +240,7 @@ def _continue(run, state, adapter):
     for k, order in run.orders.items(): order.left = state["orders"][k]
     for k, p in run.adapter.items(): p.copy_((state.get("weights") or adapter.tensors)[k])
     run.step, run.log, run.seconds = state["step"], state["log"], {**run.seconds, **state["seconds"]}
-    run.saved, run.origin = run.step, adapter.info.get("init")
+    run.held, run.saved, run.origin = state.get("held", []), run.step, adapter.info.get("init")
     _lengthen(run, state.get("courses", [state["config"]["steps"]]))
 
 def _lengthen(run, courses): # courses: steps of those that were asked for before

@@ -203,6 +203,9 @@ class TrainConfig:
                              same=True)
     keep: int = option(3, "newest checkpoints that stay", least=1, same=True)
     preview_every: int = option(0, "steps between preview videos; 0: none", "steps", least=0, same=True)
+    hold_out: bool = option(False, "keep the last image and the last clip aside, and log their loss")
+    hold_out_every: int = option(50, "steps between two looks at what is kept aside", "steps", least=1,
+                                 same=True)
     trackers: str | None = option(None, "tensorboard, wandb, or none", "",
                                   "tensorboard, where it is installed", same=True)
     prompts: list | None = option(None, "of previews and final videos (may be repeated)", "",
@@ -302,8 +305,11 @@ class CheckConfig:
     mask_weight: float | None = _like(TrainConfig, "mask_weight")
     motion_mask: str = _like(TrainConfig, "motion_mask")
     masks: str = _like(TrainConfig, "masks")
+    hold_out: bool = _like(TrainConfig, "hold_out")
     sheet: str | None = option(None, "also write a picture of what training will see", unset="no picture",
                                shown="FILE.png")
+    suggest: bool = option(False, "propose captions, from what files and folders say")
+    write: bool = option(False, "with --suggest: also make a prompts.txt of them")
     json: bool = option(False, "print the report as JSON")
 
 # %% ../nbs/10_settings.ipynb

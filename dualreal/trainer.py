@@ -24,12 +24,21 @@ from .backbone import load_base, load_reference_encoder, outline
 from .base import base_family, base_size, fetch_adapter, find_sizes, video_size
 from .checkpoint import FILE, Adapter, adapter_tensors, check_start, origin_of, read_adapter, take_over
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
-from .data import Case, Item, class_prompt, joint_prompt, load_case, prior_count, prior_items
+from dualreal.data import (
+    Case,
+    Item,
+    class_prompt,
+    hold_out,
+    joint_prompt,
+    load_case,
+    prior_count,
+    prior_items,
+)
 from .encode import encode_all
 from .family import experts_of
 from .figures import loss_figure, save_figure, tradeoff_figure
 from .generate import class_images, class_source, generate_all
-from .loop import Given, Run, averaged, dual_course, loop, take_up
+from .loop import Given, Run, averaged, dual_course, loop, loss_aside, take_up
 from .memory import advice, check_wishes, place
 from .resume import StopRequest, facts, restore, save_checkpoint, save_run, set_aside, stop
 from .settings import TrainConfig, completed, trackers_of
@@ -52,7 +61,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     accelerator = _accelerator(config)
     dtype = pick_dtype(accelerator.device, config.precision)
     cache = Store(cache_folder(config.cache))
-    case = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    whole = load_case(config.identity, config.motion, config.identity_prompt, config.motion_prompt)
+    case, kept = hold_out(whole) if config.hold_out else (whole, None)
     prompts = config.prompts or [joint_prompt(case.identity_prompt, case.motion_prompt)]
     folder = find_sizes(config.base)
     own, family = base_size(folder), base_family(folder)
@@ -69,17 +79,19 @@ def set_up(config:TrainConfig, progress=True) -> Given:
         raise InputError(f"expert {config.expert!r}: this base has one transformer for all noise levels")
     check_attachable(pipe.transformer, adapter, "default")
     with accelerator.main_process_first(): # the others find it in the cache
-        case = _with_prior(case, config, pipe, cache, accelerator, progress)
+        whole = _with_prior(whole, config, pipe, cache, accelerator, progress)
         said = [*prompts, own.negative]
-        encoded, texts = encode_all(pipe, case, config, size.max_tokens, said, encoder, cache,
+        encoded, texts = encode_all(pipe, whole, config, size.max_tokens, said, encoder, cache,
                                     accelerator.device, progress and accelerator.is_main_process)
     for i in range(prior_count(config.prior)):
-        encoded.prior[i].source = class_source(case.prior[i].prompt, config.height, config.width, i)
+        encoded.prior[i].source = class_source(whole.prior[i].prompt, config.height, config.width, i)
+    case, aside = replace(case, prior=whole.prior), None
+    if kept: encoded, aside = encoded.apart(item.path for item in kept.identity + kept.motion)
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
                  prompts=prompts)
     files = {k: [str(item.path) for item in items] for k in ("identity", "motion", "prior")
              if (items := getattr(case, k))}
-    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter, init)
+    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter, init, aside=aside)
 
 # %% ../nbs/27_trainer.ipynb
 def _begins_from(config) -> Adapter|None: # config: completed
@@ -193,6 +205,27 @@ def _read_scores(run):
     return [row for row in rows if row["step"] <= run.step]
 
 # %% ../nbs/27_trainer.ipynb
+def _look_aside(run:Run):
+    "The losses of what is kept aside, if they are due at this step and not there yet."
+    due = run.step % run.config.hold_out_every == 0 or run.step == run.end
+    if not run.given.aside or not due or run.held and run.held[-1]["step"] == run.step: return
+    with averaged(run): # what is saved
+        each = {e.name: {d: loss_aside(run, d, e) for d in ("identity", "motion")} for e in run.given.experts}
+    means = {d: sum(losses[d] for losses in each.values()) / len(each) for d in ("identity", "motion")}
+    run.held.append(dict(step=run.step, **means, **(dict(experts=each) if len(each) > 1 else {})))
+    curves = {f"hold_out/{d}": loss for d, loss in means.items()}
+    if len(each) > 1: curves |= {f"hold_out/{d} {e}": loss for e in each for d, loss in each[e].items()}
+    run.accelerator.log(curves, step=run.step)
+
+def _held_out(run:Run) -> dict|None: # for run.json
+    "What was kept aside, its losses, and where each was lowest; None: nothing was."
+    if not run.held: return None
+    files = {d: [item.path for item in getattr(run.given.aside, d)] for d in ("identity", "motion")}
+    lowest = {d: min(run.held, key=lambda row, d=d: row[d]) for d in files}
+    return dict(files=files, lowest={d: dict(step=row["step"], loss=row[d]) for d, row in lowest.items()},
+                log=run.held)
+
+# %% ../nbs/27_trainer.ipynb
 def _reference_rows(given:Given) -> list:
     "What was given, as rows of a contact sheet: up to six images and two clips."
     images = (f"given: {given.words['subject']}", [frames[0] for frames in given.seen("identity", 6)])
@@ -240,7 +273,7 @@ def _train(config, on_step, progress, score, begin=None):
         _watched(run, progress, on_step, score)
         if main:
             known = facts(run)
-            save_figure(loss_figure(run.log), run.out/"loss.png")
+            save_figure(loss_figure(run.log, held=run.held), run.out/"loss.png")
             _finish(run, known, progress)
     run.accelerator.end_training()
     return run.out/FILE
@@ -259,6 +292,7 @@ def _watched(run:Run, progress, on_step, score):
         bar.update()
         run.accelerator.log(_scalars(row), step=run.step)
         if on_step is not None: on_step(run, row)
+        _look_aside(run)
         save = run.config.save_every
         if run.step == last or save and run.step % save == 0: save_checkpoint(run)
         look()
@@ -266,6 +300,7 @@ def _watched(run:Run, progress, on_step, score):
         if number and run.step < last: stop(run, number)
     shown = dict(total=last, initial=run.step, desc="training", disable=not progress)
     with StopRequest() as asked, tqdm(**shown) as bar:
+        _look_aside(run)
         look()
         loop(run, after)
 
@@ -279,5 +314,6 @@ def _finish(run:Run, known:dict, progress): # known: facts of the adapter file
     planned = run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
     record = dict(known, adapter=FILE, words=given.words, files=given.files, config=asdict(run.config),
                   seconds=run.seconds, cached=run.case.cached, plan=planned, scores=run.scores, best=best,
+                  hold_out=_held_out(run),
                   peak_memory_bytes=peak_memory(run.accelerator.device), log=run.log)
     write_json(run.out/"run.json", record)

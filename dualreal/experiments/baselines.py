@@ -369,8 +369,8 @@ METHODS |= {f"{k}_{v}": _ablation(f"{k.replace('_', ' ')} {v}", **{k: v})
 
 # %% ../../nbs/40_baselines.ipynb
 _OF_THE_CASE = {"identity", "motion", "out", "base", "seed", "prompts", "cache", "resume", "init",
-                "init_side"}
-_OF_THE_RUN = {"samples", "save_every", "keep", "preview_every", "trackers"} # change no result
+                "init_side", "hold_out"}
+_OF_THE_RUN = {"samples", "save_every", "keep", "preview_every", "hold_out_every", "trackers"} # no result's
 
 def find_method(spec:str) -> Method: # "name" or "name:key=value:key=value"
     "The method of a name; changes are fields of the method or settings of `TrainConfig`."
