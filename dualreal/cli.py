@@ -101,6 +101,7 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     if watch.score_previews and not config.preview_every:
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.base import base_size, find_sizes, video_size
+    from dualreal.shapes import check_shapes
     from dualreal.store import check_out, check_same
     if check_out(config.out, config.resume):
         print(f"{config.out}: this run is finished already; nothing to do")
@@ -109,6 +110,7 @@ def _run_train(config:settings.TrainConfig, watch:settings.WatchConfig):
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
     video_size(folder, whole)
+    check_shapes(folder, whole)
     settings.trackers_of(config)
     log = watch.log and _step_log(watch.log)
     _alive()
@@ -300,7 +302,8 @@ def _run_check(config:settings.CheckConfig):
     from dualreal.base import base_family, base_size, check_picture, configs_of, find_sizes
     from dualreal.data import MIN_CLIP
     from dualreal.doctor import case_sheet, check_case, format_report
-    case = _loaded(config)
+    from dualreal.shapes import arrange
+    case = _loaded(settings.checked(config))
     folder = find_sizes(config.base)
     base = base_size(folder)
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
@@ -310,18 +313,19 @@ def _run_check(config:settings.CheckConfig):
         raise InputError("--height, --width, --frames and --fps: give positive numbers")
     if size[2] < MIN_CLIP: raise InputError(f"frames {size[2]}: give at least {MIN_CLIP}") # as `train` says
     check_picture(folder, *size[:2])
+    arranged = arrange(case, folder, replace(config, **dict(zip(asked, size))))
     if config.sheet and not config.sheet.lower().endswith((".png", ".jpg")):
         raise InputError(f"{config.sheet}: --sheet must end in .png or .jpg")
     _alive()
     from transformers import AutoTokenizer  # seconds
     tokenizer = AutoTokenizer.from_pretrained(folder/"tokenizer")
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
-    report = check_case(case, *size, tokens, **how)
+    report = check_case(arranged.case, *size, tokens, **how) | arranged.record
     family = base_family(folder)
     member = family.member(configs_of(folder)["transformer"])
     report["base"] |= dict(name=config.base, family=family.name, member=member)
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
-    if config.sheet: case_sheet(case, *size, config.sheet, **how)
+    if config.sheet: case_sheet(arranged.case, *size, config.sheet, **how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
 

@@ -114,17 +114,21 @@ class _Work:
     def encode(self, item:Item, text) -> Encoded: # text: of its prompt
         files = frame_files(item.path) if item.path.is_dir() else [item.path] # in the order of reading
         visual = self.cache.tensors(self.visual_key(item, files), lambda: self.visual(item))
-        source = fingerprint(item.prompt, item.kind, *files)
+        source = fingerprint(item.prompt, item.kind, *files, *self.piece(item))
         return Encoded(str(item.path), item.prompt, text=text, source=source, **{"reference": None, **visual})
 
     def visual_key(self, item, files):
-        c = self.config
-        size, how = (c.height, c.width, c.frames), (c.fps if item.kind == "video" else None, c.fit)
-        return fingerprint("visual 3", READER, item.kind, *size, *how, *self.seen, *files)
+        size, c = self.size(item), self.config
+        how = c.fps if item.kind == "video" else None, c.fit
+        return fingerprint("visual 3", READER, item.kind, *size, *how, *self.seen, *files, *self.piece(item))
+
+    def piece(self, item): return [item.start] if item.start else [] # a first piece is what a clip gives by default
+    def size(self, item): return item.within(*(getattr(self.config, k) for k in ("height", "width", "frames")))
 
     def visual(self, item):
-        c = self.config
-        frames = read_item(item, c.height, c.width, c.frames, c.fps, c.fit, self.step)
+        c, (height, width, most) = self.config, self.size(item)
+        frames = read_item(item, height, width, most, c.fps, c.fit, self.step)
+        tile(self.pipe, height, width)
         mean, std = encode_frames(self.pipe.vae, frames)
         check_finite(torch.stack([mean, std]), f"{item.path}: the VAE", self.pipe.vae.dtype)
         if self.encoder is None: return dict(mean=mean, std=std)

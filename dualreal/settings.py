@@ -158,6 +158,13 @@ class TrainConfig:
                                above=0)
     fit: str = option("crop", "crop or pad: what becomes of pictures of other proportions",
                       choices=("crop", "pad"))
+    size: str = option("one", "one for all, or auto: pictures and clips in groups of their own proportions",
+                       choices=("one", "auto"))
+    pieces: str = option("first", "first, uniform, slide or random: which parts of a clip are samples",
+                         choices=("first", "uniform", "slide", "random"))
+    piece_count: int | None = option(None, "of a clip, at most", "pieces", "4; of slide: all", least=1)
+    piece_stride: int | None = option(None, "of slide, from one piece to the next", "frames",
+                                      "as a piece is long", least=1)
     reference_encoder: str | None = option(None, "a path, a Hub id, or none", "", _OWN)
     reference_norm: str = option("clip", "clip, or published: as public checkpoints were trained",
                                  choices=("clip", "published"))
@@ -250,6 +257,11 @@ class CheckConfig:
     frames: int | None = _like(TrainConfig, "frames")
     fps: float | None = _like(TrainConfig, "fps")
     fit: str = _like(TrainConfig, "fit")
+    size: str = _like(TrainConfig, "size")
+    pieces: str = _like(TrainConfig, "pieces")
+    piece_count: int | None = _like(TrainConfig, "piece_count")
+    piece_stride: int | None = _like(TrainConfig, "piece_stride")
+    seed: int = _like(TrainConfig, "seed")
     sheet: str | None = option(None, "also write a picture of what training will see", unset="no picture",
                                shown="FILE.png")
     json: bool = option(False, "print the report as JSON")

@@ -25,7 +25,7 @@ from .base import base_family, base_size, find_sizes, video_size
 from .checkpoint import FILE, adapter_tensors
 from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
 from .data import joint_prompt, load_case
-from .encode import encode_all
+from .encode import encode_all, tile
 from .family import experts_of
 from .figures import loss_figure, save_figure, tradeoff_figure
 from .generate import generate_all
@@ -33,6 +33,7 @@ from .loop import Given, Run, dual_course, loop, take_up
 from .memory import advice, check_wishes, place
 from .resume import StopRequest, facts, restore, save_checkpoint, save_run, stop
 from .settings import TrainConfig, completed, trackers_of
+from .shapes import arrange
 from .store import Store, cache_folder, check_out, check_same, own, read_record, record_path
 from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
@@ -51,7 +52,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     if not family.flow and (config.sigmas, config.shift) != ("uniform", None):
         raise InputError(f"sigmas and shift: {family.name} has no noise levels to draw, its times are whole")
     check_same(config)
-    size = video_size(folder, config)
+    arranged = arrange(case, folder, config)
+    size = video_size(folder, arranged.shown(config))
     encoder = load_reference_encoder(config.reference_encoder, base=config.base)
     pipe = load_base(config.base, "cpu", dtype)
     known = {k: getattr(config, k) for k in ("rank", "groups", "scale", "controller")}
@@ -61,12 +63,13 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     check_attachable(pipe.transformer, adapter, "default")
     with accelerator.main_process_first(): # the others find it in the cache
         said = [*prompts, own.negative]
-        encoded, texts = encode_all(pipe, case, config, size.max_tokens, said, encoder, cache,
+        encoded, texts = encode_all(pipe, arranged.case, config, size.max_tokens, said, encoder, cache,
                                     accelerator.device, progress and accelerator.is_main_process)
+    tile(pipe, size.height, size.width)
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
                  prompts=prompts)
     files = {k: [str(item.path) for item in getattr(case, k)] for k in ("identity", "motion")}
-    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter)
+    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter, arranged)
 
 # %% ../nbs/27_trainer.ipynb
 def _accelerator(config):
@@ -96,12 +99,13 @@ def prepare(config:TrainConfig, progress=True) -> Run:
     for expert in given.experts: expert.transformer.add_adapter(given.adapter)
     adapter = adapter_tensors(pipe)
     for p in adapter.values(): p.data = p.data.float()
-    plan = place(pipe, config, given.accelerator.device)
+    plan = place(pipe, given.arranged.widest(config), given.accelerator.device)
     course = dual_course(pipe, config)
     run = Run(given, plan, adapter)
     take_up(run, course)
-    if run.plan and progress and given.accelerator.is_main_process:
-        print(f"memory: the encoders have left; {run.plan}")
+    if progress and given.accelerator.is_main_process:
+        for line in given.arranged.lines: print(line)
+        if run.plan: print(f"memory: the encoders have left; {run.plan}")
     run.seconds["prepare"] = time.perf_counter() - start
     return run
 
@@ -238,7 +242,7 @@ def _finish(run:Run, known:dict, progress): # known: facts of the adapter file
     run.seconds["videos"] = time.perf_counter() - start
     contact_sheet(_reference_rows(given) + made, path=run.out/"contact_sheet.png")
     planned = run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
-    record = dict(known, adapter=FILE, words=given.words, files=given.files, config=asdict(run.config),
-                  seconds=run.seconds, cached=run.case.cached, plan=planned, scores=run.scores, best=best,
+    record = dict(known, adapter=FILE, words=given.words, files=given.files, **given.arranged.record,
+                  config=asdict(run.config), seconds=run.seconds, cached=run.case.cached, plan=planned, scores=run.scores, best=best,
                   peak_memory_bytes=peak_memory(run.accelerator.device), log=run.log)
     write_json(run.out/"run.json", record)
