@@ -303,7 +303,7 @@ def _run_check(config:settings.CheckConfig):
     from dualreal.data import MIN_CLIP
     from dualreal.doctor import case_sheet, check_case, format_report
     from dualreal.shapes import arrange
-    case = _loaded(settings.checked(config))
+    case = _loaded(config)
     folder = find_sizes(config.base)
     base = base_size(folder)
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
@@ -313,9 +313,10 @@ def _run_check(config:settings.CheckConfig):
         raise InputError("--height, --width, --frames and --fps: give positive numbers")
     if size[2] < MIN_CLIP: raise InputError(f"frames {size[2]}: give at least {MIN_CLIP}") # as `train` says
     check_picture(folder, *size[:2])
-    arranged = arrange(case, folder, replace(config, **dict(zip(asked, size))))
     if config.sheet and not config.sheet.lower().endswith((".png", ".jpg")):
         raise InputError(f"{config.sheet}: --sheet must end in .png or .jpg")
+    whole = settings.checked(replace(config, **dict(zip(asked, size))))
+    arranged = arrange(case, folder, whole)
     _alive()
     from transformers import AutoTokenizer  # seconds
     tokenizer = AutoTokenizer.from_pretrained(folder/"tokenizer")

@@ -19,10 +19,11 @@ from dualreal.core import InputError
 from dualreal.encode import _Work
 from dualreal.family import families
 from dualreal.loop import _draw_batch, _order
+from dualreal.memory import compile_blocks
 from dualreal.resume import Interrupted
 from dualreal.settings import TrainConfig
 from dualreal.store import adapter_info, fingerprint
-from dualreal.toy.bases import tiny_pipeline
+from dualreal.toy.bases import tiny_pipeline, tiny_transformer
 from dualreal.trainer import prepare, train
 from dualreal.video import read_frames, read_video, write_video
 
@@ -271,7 +272,8 @@ def test_one_size_is_drawn_as_ever(home):
     assert one == draw(_order(items, "auto"))
 
 
-@pytest.mark.parametrize("more", [dict(size="auto"), dict(pieces="slide", piece_count=1)], ids=["auto", "slide"])
+@pytest.mark.parametrize("more", [dict(size="auto"), dict(pieces="slide", piece_count=1)],
+                         ids=["auto", "slide"])
 def test_what_must_not_change(home, tmp_path, more):
     "Files of the run's own proportions: auto, and pieces that are the clip's beginning, give the same run."
     for i in range(2): write_video(tmp_path / f"wave/{i}.gif", noise(9, 48, 48, seed=i))
@@ -303,7 +305,7 @@ def test_a_run_of_many_shapes(home, tmp_path, family):
     assert len(starts["0.gif"]) == 2 == len(starts["3.gif"]) and starts["1.gif"] == [0]
     assert all(math.isfinite(row["loss"]) for row in log(tmp_path / "run"))
     largest = next(b for b in record["buckets"] if b["role"] == "motion")
-    assert (largest["height"], largest["width"], largest["frames"], largest["items"]) == (64, 32, 9, 4)
+    assert largest == dict(role="motion", height=64, width=32, frames=9, items=4)
     assert read_frames(tmp_path / "run/samples/00.mp4", [0]).shape[1:3] == (64, 32)
     assert adapter_info(tmp_path / "run/adapter.safetensors")["generation"] == dict(height=64, width=32, frames=9)
     (tmp_path / "run/run.json").unlink()
@@ -352,3 +354,25 @@ def test_two_processes_are_one_run_of_many_shapes(home, tmp_path):
     assert alike(tmp_path / "one", tmp_path / "two")
     first, second = noted(tmp_path)
     assert first["rows"] == second["rows"] and first["wrote"] and not second["wrote"]
+
+
+@pytest.mark.slow
+@every
+def test_compiled_blocks_take_many_shapes(family):
+    "A few programs for many sizes; past PyTorch's limit on programs a block would run uncompiled."
+    f, transformer = families()[family], tiny_transformer(family=family, layers=2)
+    config, draw = transformer.config, torch.Generator().manual_seed(0)
+    text, time = torch.randn(1, 16, 32, generator=draw), torch.tensor([500])
+    def made(h, w, frames):
+        latents = torch.randn(1, *f.latent_shape(config, frames, h, w), generator=draw)
+        angles = torch.rand(frames * h * w // 4, 16, generator=draw)
+        return latents, (angles.cos(), angles.sin()) if family == "cogvideox" else None
+    sides = (4, 4), (4, 8), (8, 4), (6, 8), (8, 6), (2, 8)
+    given = [made(h, w, frames) for h, w in sides for frames in (1, 3)]
+    def answers():
+        with torch.no_grad(): return [f.predict(transformer, x, time, text, p) for x, p in given]
+    plain, seen = answers(), []
+    torch._dynamo.reset()
+    compile_blocks(transformer, dynamic=None, backend=lambda graph, _: seen.append(graph) or graph.forward)
+    for a, b in zip(answers(), plain): torch.testing.assert_close(a, b)
+    assert 1 <= len(seen) < torch._dynamo.config.recompile_limit and len(seen) < len(given) / 2
