@@ -16,13 +16,11 @@ from dualreal import data, shapes, video
 from dualreal.base import base_size, find_base
 from dualreal.cli import main
 from dualreal.core import InputError
-from dualreal.encode import _Work
 from dualreal.family import families
-from dualreal.loop import _draw_batch, _order
 from dualreal.memory import compile_blocks
 from dualreal.resume import Interrupted
 from dualreal.settings import TrainConfig
-from dualreal.store import adapter_info, fingerprint
+from dualreal.store import adapter_info
 from dualreal.toy.bases import tiny_pipeline, tiny_transformer
 from dualreal.trainer import prepare, train
 from dualreal.video import read_frames, read_video, write_video
@@ -66,19 +64,23 @@ def arranged(home, **more):
 
 # Pieces
 
-def even(frames, fps=24.): return video._Facts(frames, fps)
+@pytest.fixture(scope="module")
+def timed(home):
+    "Facts of clips: so many frames at a rate, or at times that are drawn."
+    known = video.clip_facts(home / "wave/0.gif")
+    def facts(frames, fps=None, seed=0):
+        if fps: return known._replace(frames=frames, fps=fps)
+        gaps = np.random.default_rng(seed).choice([.02, .05, .3], frames - 1)
+        times = tuple(np.cumsum([0, *gaps]).round(6))
+        return known._replace(frames=frames, fps=(frames - 1) / times[-1], variable=True, times=times)
+    return facts
 
 
-def uneven(frames, seed=0):
-    gaps = np.random.default_rng(seed).choice([.02, .05, .3], frames - 1)
-    times = np.cumsum([0, *gaps]).round(6)
-    return video._Facts(frames, (frames - 1) / times[-1], True, times=tuple(times))
-
-
-@pytest.mark.parametrize("facts", [even(90), even(60, 25.), uneven(80), uneven(50, 1)])
+@pytest.mark.parametrize("clip", [(90, 24.), (60, 25.), (80,), (50, None, 1)])
 @pytest.mark.parametrize("fps", [None, 8, 7.5])
-def test_a_piece_is_instants_from_a_start(facts, fps):
+def test_a_piece_is_instants_from_a_start(timed, clip, fps):
     "Like the beginning of a clip that began there; from the first frame on it is what it always was."
+    facts = timed(*clip)
     assert video.pick_frames(facts, 9, fps, 0) == video.pick_frames(facts, 9, fps)
     for start in (1, 7, 20):
         later = facts._replace(frames=facts.frames - start, times=tuple(t - facts.times[start] for t in
@@ -95,30 +97,29 @@ def test_a_piece_is_instants_from_a_start(facts, fps):
 
 
 @pytest.mark.parametrize("pieces", ["uniform", "slide", "random"])
-@pytest.mark.parametrize("facts", [even(97), uneven(97)])
+@pytest.mark.parametrize("clip", [(97, 24.), (97,)])
 @pytest.mark.parametrize("fps", [None, 6])
-def test_no_cut_is_inside_a_piece(monkeypatch, pieces, facts, fps):
+def test_no_cut_is_inside_a_piece(home, timed, monkeypatch, pieces, clip, fps):
     "Whole pieces, in one scene each, none twice, alike for one seed; a scene without a piece is named."
-    scenes = (0, 40), (40, 44), (44, 97)
+    scenes, facts = ((0, 40), (40, 44), (44, 97)), timed(*clip)
     monkeypatch.setattr(video, "clip_facts", lambda path: facts)
     monkeypatch.setattr(video, "scenes", lambda path: scenes)
-    config = TrainConfig("", "", "", height=8, width=8, frames=9, fps=fps, pieces=pieces, seed=3)
-    for count, stride in [(None, None), (1, None), (6, None), (None, 2)]:
-        if stride and pieces != "slide": continue
-        how = replace(config, piece_count=count, piece_stride=stride)
-        item = data.Item(Path("clips/a.mp4"), "video", "it is up")
-        found, notes = shapes._pieces_of(item, how, 4)
-        starts = [piece.start for piece in found]
-        assert starts == sorted(set(starts)) and (not count or len(starts) <= count)
+    def cut(name="a.mp4", **more):
+        case = data.load_case(home / "one", home / "wave", "cat *", "it is up")
+        case = replace(case, motion=[data.Item(Path(name), "video", "it is up")])
+        return shapes.arrange(case, home / "cogvideox", settings(home, fps=fps, pieces=pieces, **more))
+    for more in (dict(), dict(piece_count=1), dict(piece_count=6), dict(piece_stride=2)):
+        if "piece_stride" in more and pieces != "slide": continue
+        found = cut(**more)
+        starts = found.starts["a.mp4"]
+        assert starts == sorted(set(starts)) and len(starts) <= more.get("piece_count", 97)
         for start in starts:
             picks = video.pick_frames(facts, 9, fps, start)
             assert len(picks) == 9 and any(a <= picks[0] and picks[-1] < b for a, b in scenes)
-        assert any("too short for 9 frames" in note for note in notes)
-        assert shapes._pieces_of(item, how, 4) == (found, notes)
-        if pieces == "random" and not count:
-            others = shapes._pieces_of(item, replace(how, seed=4), 4)[0], \
-                shapes._pieces_of(replace(item, path=Path("clips/b.mp4")), how, 4)[0]
-            assert all([piece.start for piece in other] != starts for other in others)
+        assert any("too short for 9 frames" in note for note in found.notes)
+        assert cut(**more) == found
+        if pieces == "random" and not more:
+            assert starts not in (cut(seed=43).starts["a.mp4"], cut("b.mp4").starts["b.mp4"])
 
 
 def scene(seed, frames): return noise(frames, 32, 32, seed=seed) // 16 + np.uint8((20, 120, 220)[seed])
@@ -147,22 +148,22 @@ def test_what_cuts_leave(tmp_path):
     with pytest.raises(InputError, match="no clip is left"): shapes.arrange(alone, base, config)
 
 
-def test_pieces_are_samples_of_their_own(home):
-    "Their frames, their references and their keys are those of their start; the first one's are the clip's."
-    found = arranged(home, pieces="slide").case.motion
-    first, second, third = found[:3]
-    frames = read_video(first.path)[0]
-    for i, piece in enumerate((first, second, third)):
+def test_pieces_are_samples_of_their_own(home, tmp_path):
+    "Their frames are those of their start; encoded apart, but for the first: the clip gives it anyway."
+    pieces = [item for item in arranged(home, pieces="slide").case.motion if item.path.name == "0.gif"]
+    frames = read_video(pieces[0].path)[0]
+    for i, piece in enumerate(pieces):
         assert piece.start == 9 * i and (data.first_frame(piece) == frames[9 * i]).all()
         cropped = video.resize_crop(frames[9 * i:9 * i + 9], 48, 48)
         assert (data.read_item(piece, 48, 48, 9) == cropped).all()
-    work = object.__new__(_Work)
-    work.config, work.seen = settings(home), ["vae", "none"]
-    keys = [work.visual_key(item, [item.path]) for item in (first, second, third)]
-    whole, how = replace(first, start=None), (48, 48, 9, None, "crop", "vae", "none")
-    own = fingerprint("visual 3", video.READER, "video", *how, first.path)
-    assert keys[0] == own == work.visual_key(whole, [first.path])  # as with all options off
-    assert len({*keys, work.visual_key(replace(first, size=(64, 32, 9)), [first.path])}) == 4
+    def case(**more): return prepare(settings(home, cache=str(tmp_path), **more), progress=False).case
+    plain, slid, auto = case(), case(pieces="slide"), case(pieces="slide", size="auto")
+    assert plain.cached == 7 - 2  # of seven captions two are new
+    assert slid.cached == 2 * 9 - 2  # all but two pieces were there
+    assert auto.cached == 9 + 1  # captions, and the picture that is square
+    assert len({item.source for item in slid.motion}) == 6 and slid.motion[0].source == plain.motion[0].source
+    assert torch.equal(slid.motion[0].mean, plain.motion[0].mean)
+    assert not torch.equal(slid.motion[0].mean, slid.motion[1].mean)
 
 
 def test_check_says_pieces_and_buckets(home, tmp_path, capsys):
@@ -256,20 +257,15 @@ def test_each_sample_is_seen_equally_often(home):
         taken = [order.take(2, g) for _ in range(3 * len(items))]
         assert all(items[a].mean.shape == items[b].mean.shape for a, b in taken)
         assert set(Counter(sum(taken, [])).values()) == {6}
-    expert, = run.given.experts
-    shapes_of = [{tuple(s.latents.shape) for s in _draw_batch(run, "motion", 2, expert)} for _ in range(12)]
-    assert all(len(some) == 1 for some in shapes_of) and len(set().union(*shapes_of)) == 3
+        assert len({items[a].mean.shape for a, _ in taken}) == 3
 
 
 def test_one_size_is_drawn_as_ever(home):
-    "Also where clips differ in length, and where auto finds one shape."
-    items = [torch.nn.Module() for _ in range(5)]
-    for i, item in enumerate(items): item.mean = torch.zeros(1 + i % 2, 1)
-    draw = lambda order: order.take(7, torch.Generator().manual_seed(1))
-    one = draw(_order(items, "one"))
-    assert sorted(one[:5]) == [0, 1, 2, 3, 4] and one != draw(_order(items, "auto"))
-    for item in items: item.mean = torch.zeros(1, 1)
-    assert one == draw(_order(items, "auto"))
+    "All samples in one order, also where clips differ in length."
+    run = prepare(settings(home), progress=False)
+    assert len({item.mean.shape for item in run.case.motion}) == 2
+    ever = torch.randperm(4, generator=torch.Generator().manual_seed(1)).tolist()[::-1]
+    assert run.orders["motion"].take(4, torch.Generator().manual_seed(1)) == ever
 
 
 @pytest.mark.parametrize("more", [dict(size="auto"), dict(pieces="slide", piece_count=1)],
@@ -307,7 +303,8 @@ def test_a_run_of_many_shapes(home, tmp_path, family):
     largest = next(b for b in record["buckets"] if b["role"] == "motion")
     assert largest == dict(role="motion", height=64, width=32, frames=9, items=4)
     assert read_frames(tmp_path / "run/samples/00.mp4", [0]).shape[1:3] == (64, 32)
-    assert adapter_info(tmp_path / "run/adapter.safetensors")["generation"] == dict(height=64, width=32, frames=9)
+    told = adapter_info(tmp_path / "run/adapter.safetensors")["generation"]
+    assert told == dict(height=64, width=32, frames=9)
     (tmp_path / "run/run.json").unlink()
     with pytest.raises(InputError, match="started with piece_count=2, not 3"):
         train(settings(home, tmp_path / "run", resume=True, **how | dict(piece_count=3)), progress=False)
