@@ -61,7 +61,7 @@ class Bucket(NamedTuple):
     items: int  # how many
 
     def __str__(self) -> str:
-        what, length = ("clip", f", {self.frames} frames") if self.role == "motion" else ("image", "")
+        what, length = ("sample", f", {self.frames} frames") if self.role == "motion" else ("image", "")
         return f"{self.width}x{self.height}{length}: {counted(self.items, what)}"
 
 

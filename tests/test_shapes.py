@@ -183,7 +183,7 @@ def test_check_says_pieces_and_buckets(home, tmp_path, capsys):
     largest = next(b for b in report["buckets"] if b["role"] == "motion")
     assert (largest["height"], largest["width"], largest["items"]) == (64, 32, 4)
     text = said("--size", "auto", "--sheet", str(sheets[1]))
-    assert "32x64, 9 frames: 2 clips" in text and "48x48: 1 image" in text and "in 6 buckets" in text
+    assert "32x64, 9 frames: 2 samples" in text and "48x48: 1 image" in text and "in 6 buckets" in text
     assert Image.open(sheets[0]).height > Image.open(sheets[1]).height  # a row for each piece
 
 
