@@ -162,8 +162,8 @@ class TrainConfig:
                        choices=("one", "auto"))
     pieces: str = option("first", "first, uniform, slide or random: which parts of a clip are samples",
                          choices=("first", "uniform", "slide", "random"))
-    piece_count: int | None = option(None, "of a clip, at most", "pieces", "4; of slide: all", least=1)
-    piece_stride: int | None = option(None, "of slide, from one piece to the next", "frames",
+    piece_count: int | None = option(None, "pieces of a clip, at most", "pieces", "4; slide: all", least=1)
+    piece_stride: int | None = option(None, "frames from one piece to the next, of slide", "frames",
                                       "as a piece is long", least=1)
     reference_encoder: str | None = option(None, "a path, a Hub id, or none", "", _OWN)
     reference_norm: str = option("clip", "clip, or published: as public checkpoints were trained",
