@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['toy_reference', 'is_hub_id', 'base_family', 'configs_of', 'weights_variant', 'find_base', 'find_sizes', 'parse_lora',
-           'fetch_adapter', 'base_size', 'check_picture', 'sized', 'video_size']
+           'fetch_adapter', 'base_size', 'picture_step', 'check_picture', 'sized', 'video_size']
 
 # %% ../nbs/17_base.ipynb
 import json
@@ -185,10 +185,14 @@ def base_size(base) -> BaseSize: # a pipeline, or its folder (nothing is loaded 
     note = folder / "dualreal.json"
     return BaseSize(**{**own, **family.size(configs), **(_read(note) if note.is_file() else {})})
 
+def picture_step(base) -> int:
+    "Height and width are multiples of it, in pixels."
+    family, configs = base_family(base), configs_of(base)
+    return family.stride(configs["vae"])[1] * family.patch(configs["transformer"])[1]
+
 def check_picture(base, height:int, width:int):
     "`InputError` for a size, in pixels, that this base cannot draw."
-    family, configs, own = base_family(base), configs_of(base), base_size(base)
-    step = family.stride(configs["vae"])[1] * family.patch(configs["transformer"])[1]
+    family, configs, own, step = base_family(base), configs_of(base), base_size(base), picture_step(base)
     for name, value in (("height", height), ("width", width)):
         if value < step or value % step:
             raise InputError(f"{name} {value}: this base needs a multiple of {step}")

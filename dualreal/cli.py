@@ -104,6 +104,7 @@ def _refused(config, watch) -> tuple: # the run's settings; its adapter, if noth
         raise InputError("--score-previews: give --preview-every N, too, such as a tenth of the steps")
     from dualreal.base import base_size, fetch_adapter, find_sizes, video_size
     from dualreal.data import hold_out, prior_items
+    from dualreal.shapes import check_shapes
     from dualreal.store import adapter_info, as_begun, begun, check_out, check_same
     config = as_begun(config)
     if done := check_out(config.out, config.resume, config.steps): return config, done
@@ -114,6 +115,7 @@ def _refused(config, watch) -> tuple: # the run's settings; its adapter, if noth
     whole = settings.completed(config, base_size(folder := find_sizes(config.base)))
     check_same(whole)
     video_size(folder, whole)
+    check_shapes(folder, whole)
     settings.trackers_of(config)
     return config, None
 
@@ -425,6 +427,7 @@ def _run_check(config:settings.CheckConfig):
     from dualreal.data import MIN_CLIP, class_prompt, prior_count, prior_items
     from dualreal.doctor import check_case, format_report
     from dualreal.masks import masking_of
+    from dualreal.shapes import arrange
     settings.check_masking(settings.checked(config))
     said = _suggested(config)
     try: case = _loaded(config)
@@ -444,13 +447,15 @@ def _run_check(config:settings.CheckConfig):
     check_picture(folder, *size[:2])
     if config.sheet and not config.sheet.lower().endswith((".png", ".jpg")):
         raise InputError(f"{config.sheet}: --sheet must end in .png or .jpg")
+    whole = settings.checked(replace(config, **dict(zip(asked, size))))
+    arranged = arrange(case, folder, whole)
     _alive()
     from transformers import AutoTokenizer  # seconds
     tokenizer = AutoTokenizer.from_pretrained(folder/"tokenizer")
     sizes = dict(zip(("height", "width", "frames"), size))
     how["masking"] = masking_of(replace(config, **sizes), base.clip_step)
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
-    report = check_case(case, *size, tokens, **how, held=config.hold_out)
+    report = check_case(arranged.case, *size, tokens, **how, held=config.hold_out) | arranged.record
     family = base_family(folder)
     member = family.member(configs_of(folder)["transformer"])
     report["base"] |= dict(name=config.base, family=family.name, member=member)
@@ -458,16 +463,18 @@ def _run_check(config:settings.CheckConfig):
         report["prior_made"] = dict(count=made, prompt=class_prompt(case.class_word))
     if said: report["suggestions"] = said
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
-    if config.sheet: _write_sheet(case, size, config, how)
+    if config.sheet: _write_sheet(case, folder, replace(config, **sizes), size, how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
 
-def _write_sheet(case, size, config, how):
+def _write_sheet(case, folder, config, size, how): # folder: of the base
     "A picture of what training will see, and of what is kept aside."
     from dualreal.data import hold_out
     from dualreal.doctor import case_sheet
+    from dualreal.shapes import arrange
     enough = config.hold_out and min(len(case.identity), len(case.motion)) > 1
     learnt, aside = hold_out(case) if enough else (case, None)
+    learnt, aside = (some and arrange(some, folder, config).case for some in (learnt, aside))
     case_sheet(learnt, *size, config.sheet, **how, aside=aside)
 
 # %% ../nbs/52_cli.ipynb

@@ -35,6 +35,9 @@ class _Sizes(Family):
     def video_step(self, configs): return 8
     def fixed_picture(self, config): return bool(config.get("use_learned_positional_embeddings"))
 
+    def any_shape(self, config): # 2B adds fixed sine-cosine positions of one size
+        return bool(config.get("use_rotary_positional_embeddings")) and not self.fixed_picture(config)
+
 # %% ../nbs/07_cogvideox.ipynb
 class _Random(_Sizes):
     def shaped(self, blocks, heads, head_dim, channels, text_dim, time_dim, tokens, height, width, frames):

@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import video
-from .core import InputError
-from .data import Case, Item, hold_out, is_photo, read_item, source_frames
+from .core import InputError, counted
+from .data import Bucket, Case, Item, hold_out, is_photo, read_item, source_frames
 
 # %% ../nbs/14_doctor.ipynb
 _LEVELS = ("error", "warning", "note")  # of findings, worst first
@@ -35,6 +35,7 @@ def _measure(item: Item,
     there = max(facts.frames, len(frames))
     size = dict(height=facts.height, width=facts.width, fps=fps and round(fps, 3), frames=there,
                 used=len(frames))
+    if item.start is not None: size["start"] = round(video.frame_time(facts, item.start), 3)  # seconds
     return dict(path=str(item.path), prompt=item.prompt, **size, facts=facts.row)
 
 
@@ -117,7 +118,7 @@ def _about_length(row: dict, kind: str, aim: dict) -> list[tuple]:  # level, tex
         if thinned: fix = f"use a clip of {full / rate:.3g} seconds or more, or a higher --fps"
         found.append(("warning", text, fix))
     shown, whole = row["used"] / (rate if thinned else row["fps"] or 1), row["frames"] / (row["fps"] or 1)
-    if kind == "video" and 4 * shown < whole:
+    if kind == "video" and 4 * shown < whole and "start" not in row:
         text = f"Only the first {shown:.2g} of {whole:.2g} seconds are used."
         slower = ", or give a lower --fps" if row["fps"] and row["fps"] > 8 and not thinned else ""
         found.append(("note", text, f"cut the clip to the motion{slower}"))
@@ -141,23 +142,14 @@ def _glance(frame: np.ndarray  # uint8 (H, W, 3)
     return np.asarray(Image.fromarray(frame).reduce(less)) if less > 1 else frame
 
 
-def _cuts(frames: np.ndarray  # uint8 (F, H, W, 3)
-          ) -> list[int]:  # numbers of the first frames of new scenes
-    "Where a picture has nothing in common with the one before."
-    small = [Image.fromarray(frame).resize((16, 16), Image.Resampling.BOX) for frame in frames]
-    steps = np.abs(np.diff(np.stack([np.asarray(s, np.int16) for s in small]), axis=0)).mean((1, 2, 3))
-    around = [max([*steps[max(i - 2, 0):i], *steps[i + 1:i + 3]], default=0) for i in range(len(steps))]
-    return [i + 1 for i, (step, near) in enumerate(zip(steps, around)) if step > 24 and step > 3 * near]
-
-
 def _about_cuts(item: Item, frames: np.ndarray,  # of `source_frames`
                 aim: dict) -> list[dict]:  # findings
     "Cuts among the frames that are used, with their times."
     facts = video.clip_facts(item.path)
-    picks = video.pick_frames(facts, len(frames), aim["fps"])
-    times = [f"{video.frame_time(facts, picks[i]):.2f} s" for i in _cuts(frames)]
+    picks = video.pick_frames(facts, len(frames), aim["fps"], item.start or 0)
+    times = [f"{video.frame_time(facts, picks[i]):.2f} s" for i in video.find_cuts(frames)]
     text = f"A hard cut at {', '.join(times)}: the frames that are used show more than one scene."
-    fix = "cut the clip there, and keep one scene"
+    fix = "cut the clip there, and keep one scene, or give --pieces uniform"
     return [_finding("warning", text, fix, str(item.path))] if times else []
 
 # %% ../nbs/14_doctor.ipynb
@@ -173,6 +165,7 @@ def _copies(looks: list[tuple],  # (path, of `_look`)
     "Items that show the same, pair by pair."
     found = []
     for (first, (a, red)), (second, (b, blue)) in combinations(looks, 2):
+        if first == second: continue  # two pieces of a clip
         if (a ^ b).sum() <= 0.25 * (a | b).sum() and abs(red - blue).max() < 12:
             text = f"{second} shows the same as {Path(first).name}."
             found.append(_finding("warning", text, "keep one of them", second))
@@ -203,6 +196,11 @@ def _about_caption(kind: str,  # "image" or "video"
     return found
 
 # %% ../nbs/14_doctor.ipynb
+def _files(items: list[Item]) -> int:
+    "How many files items come from: the pieces of a clip count once."
+    return sum(item.start is None for item in items) + len({i.path for i in items if i.start is not None})
+
+
 def _about_case(case: Case,
                 prompt_tokens: Callable | None  # as in `check_case`
                 ) -> list[dict]:  # findings
@@ -213,8 +211,8 @@ def _about_case(case: Case,
         text = "The subject's folder holds clips, the motion's holds pictures."
         found.append(("warning", text, "swap --identity and --motion, unless that is meant"))
     for role, items in (("identity images", case.identity), ("motion clips", case.motion)):
-        if len(items) < 3:
-            found.append(("warning", f"Few {role}: {len(items)}, where 3 or more are better.", "add some"))
+        if (count := _files(items)) < 3:
+            found.append(("warning", f"Few {role}: {count}, where 3 or more are better.", "add some"))
     for kind, prompt in dict.fromkeys((item.kind, item.prompt) for item in case.identity + case.motion):
         tokens, limit = prompt_tokens(prompt) if prompt_tokens else (0, 0)
         found += _about_caption(kind, prompt, case.class_word)
@@ -269,6 +267,9 @@ def _about_masks(case: Case, rows: dict,  # role -> rows, with "mask"
     return [_finding("note", text, fix, path) for path in bare]
 
 
+_SIZE = ("height", "width", "frames")
+
+
 def _read_all(case: Case, aim: dict,
               masking=None  # as for `check_case`
               ) -> tuple[dict, list[dict]]:  # role -> rows of `_measure`, findings
@@ -277,20 +278,22 @@ def _read_all(case: Case, aim: dict,
     rows, looks, findings = {role: [] for role in roles}, {role: [] for role in roles}, []
     jobs = [(role, item) for role in roles for item in getattr(case, role)]
     for role, item in tqdm(jobs, desc="reading", leave=False, disable=None):
+        own = aim | dict(zip(_SIZE, item.within(*(aim[k] for k in _SIZE))))
         try:
-            frames, fps = source_frames(item, aim["frames"], aim["fps"], _glance, aim["clip_step"])
+            frames, fps = source_frames(item, own["frames"], aim["fps"], _glance, aim["clip_step"])
             row = _measure(item, frames, fps)
         except InputError as error:
             findings.append(_finding("error", str(error), "replace the file or take it away", str(item.path)))
             continue
         rows[role].append(row)
         looks[role].append((row["path"], _look(frames)))
-        findings += _about_item(row, item.kind, aim)
+        findings += _about_item(row, item.kind, own)
         if masking and role != "prior":
             row["mask"], about = masking.about(item)
             findings += [_finding(*one, row["path"]) for one in about]
         if role == "motion" and (share := _moving_share(frames)) < 0.005:
-            text = f"Nothing moves: {share:.1%} of the picture changes."
+            where = f" in the piece from {row['start']:.2f} s" if "start" in row else ""
+            text = f"Nothing moves{where}: {share:.1%} of the picture changes."
             findings.append(_finding("warning", text, "use a clip that shows the motion", row["path"]))
         if role == "motion": findings += _about_cuts(item, frames, aim)
     findings += _copies(looks["identity"] + looks.get("prior", [])) + _copies(looks["motion"])
@@ -320,7 +323,7 @@ def check_case(case: Case,
         **{word: getattr(case, word) for word in words},
         base=aim,
         layouts=case.layouts,
-        counts={role: len(getattr(case, role)) for role in rows},
+        counts={role: _files(getattr(case, role)) for role in rows},
         **rows,
         findings=found,
         errors=levels["error"],
@@ -328,14 +331,25 @@ def check_case(case: Case,
     )
 
 # %% ../nbs/14_doctor.ipynb
+def _pieces(rows: list[dict]  # of one clip
+            ) -> str:
+    "How many pieces a clip gives, and where they begin."
+    if "start" not in rows[0]: return ""
+    starts = [f"{row['start']:.2f}" for row in rows]
+    shown = ", ".join(starts[:8]) + ", …" * (len(starts) > 8)
+    return f", {counted(len(starts), 'piece')} from {shown} s"
+
+
 def _table(rows: list[dict]  # of one role
            ) -> list[str]:  # lines
-    "One line for each item: name, size, rate, frames."
-    names = [Path(row["path"]).name for row in rows]
-    lines, masks = [], [row.get("mask") for row in rows]
-    for name, row, mask in zip(names, rows, masks, strict=True):
-        size = f"{row['width']}x{row['height']}"
+    "One line for each file: name, size, rate, frames, pieces, mask."
+    files, lines = {}, []
+    for i, row in enumerate(rows): files.setdefault(row["path"] if "start" in row else i, []).append(row)
+    names = [Path(row["path"]).name for row, *_ in files.values()]
+    for name, (row, *more) in zip(names, files.values(), strict=True):
+        size, mask = f"{row['width']}x{row['height']}", row.get("mask")
         film = f"{row['used']:>5} of {row['frames']} frames at {row['fps']:g} fps" if row["fps"] else ""
+        film += _pieces([row, *more])
         if mask: film += f"  mask: {mask['inside']:.0%} inside, from {mask['source']}"
         lines.append(f"  {name:<{max(map(len, names))}}  {size:>9}  {film}".rstrip())
     return lines
@@ -370,7 +384,9 @@ def format_report(report: dict  # of `check_case`
     rate = f" at {base['fps']:g} fps" if base["fps"] else ""
     how = {"crop": "cropped", "pad": "padded"}[base["fit"]]
     if "member" in base: lines += [f"base: {base['name']}, {base['member']} ({base['family']})"]
-    lines += [f"used as: {how} to {base['width']}x{base['height']}, up to {base['frames']} frames{rate}"]
+    if buckets := report.get("buckets"): lines += [f"used as: {how}{rate}, in {len(buckets)} buckets"]
+    else: lines += [f"used as: {how} to {base['width']}x{base['height']}, up to {base['frames']} frames{rate}"]
+    lines += [f"  {Bucket(**bucket)}" for bucket in buckets or ()]
     verdict = "can be trained" if report["ok"] else "cannot be trained"
     last = f"This case {verdict} (errors: {report['errors']}, warnings: {report['warnings']})."
     return "\n".join([*lines, *_sentences(report["findings"]), last])
@@ -394,17 +410,20 @@ def case_sheet(case: Case,
     "Images and clips as they are trained on, six frames of each clip; what cannot be read is left out."
     def seen(item):
         try:
-            frames = read_item(item, height, width, max_frames, **how)
+            frames = read_item(item, *(own := item.within(height, width, max_frames)), **how)
             if masking and item not in case.prior: frames = masking.darkened(item, frames)
         except InputError: return None
         picks = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).round().astype(int)]
-        return video.resize_crop(picks, cell, round(cell * width / height))
+        return video.resize_crop(picks, cell, round(cell * own[1] / own[0]))
+    def name(item):
+        if item.start is None: return item.path.name
+        return f"{item.path.name} from {video.frame_time(video.clip_facts(item.path), item.start):.2f} s"
     images = [frames[0] for item in case.identity if (frames := seen(item)) is not None]
     rows = [(f"identity: {case.identity_prompt}", images)] if images else []
     others = [frames[0] for item in case.prior if (frames := seen(item)) is not None]
     if others: rows += [(f"class: {case.prior[0].prompt}", others)]
-    rows += [(item.path.name, [f]) for item in case.motion if (f := seen(item)) is not None]
+    rows += [(name(item), [f]) for item in case.motion if (f := seen(item)) is not None]
     for item in aside.identity + aside.motion if aside else []:
-        if (f := seen(item)) is not None: rows.append((f"kept aside: {item.path.name}", [f]))
+        if (f := seen(item)) is not None: rows.append((f"kept aside: {name(item)}", [f]))
     if not rows: raise InputError("There is nothing to show: no image and no clip of this case can be read.")
     return video.contact_sheet(rows, cell=cell, path=path)

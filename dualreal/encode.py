@@ -130,28 +130,33 @@ class _Work:
     def encode(self, item:Item, text, masked=True) -> Encoded: # text: of its prompt
         files, masks = _files(item.path), _files(item.mask) if masked and self.masking else []
         visual = self.cache.tensors(self.visual_key(item, files), lambda: self.visual(item))
-        source = fingerprint(item.prompt, item.kind, *files, *masks)
+        source = fingerprint(item.prompt, item.kind, *files, *masks, *self.piece(item))
         weight = self.weight(item, files, masks) if masked and self.masking else None
         return Encoded(str(item.path), item.prompt, text=text, source=source, weight=weight,
                        **{"reference": None, **visual})
 
-    def visual_key(self, item, files): return fingerprint("visual 3", *self.taken(item), *self.seen, *files)
+    def visual_key(self, item, files):
+        return fingerprint("visual 3", *self.taken(item), *self.seen, *files, *self.piece(item))
 
     def taken(self, item):
         c = self.config
-        return READER, item.kind, c.height, c.width, c.frames, c.fps if item.kind == "video" else None, c.fit
+        return READER, item.kind, *self.size(item), c.fps if item.kind == "video" else None, c.fit
+
+    def piece(self, item): return [item.start] if item.start else [] # the first is what a clip gives by default
+    def size(self, item): return item.within(*(getattr(self.config, k) for k in ("height", "width", "frames")))
 
     def weight(self, item, files, masks):
         if not (source := self.masking.source(item)): return None
         family, config = family_of(self.pipe), self.pipe.vae.config
         cells = lambda: dict(mask=family.pooled(config, torch.from_numpy(self.masking.read(item))))
         grid, by = (family.name, *family.stride(config)), "files" if item.mask else source
-        key = fingerprint("mask 1", *self.taken(item), *grid, by, *files, *masks)
+        key = fingerprint("mask 1", *self.taken(item), *grid, by, *files, *masks, *self.piece(item))
         return self.masking.weights(item, self.cache.tensors(key, cells)["mask"])
 
     def visual(self, item):
-        c = self.config
-        frames = read_item(item, c.height, c.width, c.frames, c.fps, c.fit, self.step)
+        c, (height, width, most) = self.config, self.size(item)
+        frames = read_item(item, height, width, most, c.fps, c.fit, self.step)
+        tile(self.pipe, height, width)
         mean, std = encode_frames(self.pipe.vae, frames)
         check_finite(torch.stack([mean, std]), f"{item.path}: the VAE", self.pipe.vae.dtype)
         if self.encoder is None: return dict(mean=mean, std=std)

@@ -174,6 +174,10 @@ class Family(ABC):
         "Whether only the size it was made for can be drawn."
         return False
 
+    def any_shape(self, config) -> bool:
+        "Whether its positions are made for pictures of other proportions, too."
+        return not self.fixed_picture(config)
+
     # Generation
 
     def scheduler(self, pipe):

@@ -25,12 +25,13 @@ from torch.optim.swa_utils import AveragedModel
 from transformers.optimization import get_wsd_schedule
 
 from .core import Dimension, InputError
-from .data import Item, read_item
+from .data import read_item
 from .encode import Encoded, EncodedCase
 from .family import Expert, experts_of, family_of
 from .memory import Plan, adamw
 from .objective import prediction_loss
 from .settings import BaseSize, TrainConfig
+from .shapes import Arranged
 from .switch import COUPLINGS, TrainingSwitch, focus, named_parts, parts_of
 from .tuner import DualRealConfig, active, blend_weights, reference
 
@@ -111,6 +112,7 @@ class Given:
     size: BaseSize              # of videos
     adapter: DualRealConfig = None # what a method of bottlenecks attaches
     init: object = None         # `Adapter` that it begins from
+    arranged: Arranged = None   # the items that `case` was encoded from
     tables: dict = field(default_factory=dict) # shape of latents -> positions
     aside: EncodedCase = None   # what is never learnt from, see `loss_aside`
 
@@ -124,18 +126,19 @@ class Given:
 
     def positions(self, latents): # of one sample
         "What the transformer is told about positions, or None for a base that knows them."
-        shape, c = tuple(latents.shape), self.config
+        shape = tuple(latents.shape)
         if shape not in self.tables:
-            how = self.pipe, c.height, c.width, latents, self.accelerator.device
+            _, *sides = self.family.latent_size(self.pipe.transformer.config, latents)
+            height, width = (self.family.stride(self.pipe.vae.config)[1] * side for side in sides)
+            how = self.pipe, height, width, latents, self.accelerator.device
             self.tables[shape] = self.family.positions(*how)
         return self.tables[shape]
 
     def seen(self, dimension:str, most:int=None) -> list: # of uint8 (F, H, W, 3)
         "Images or clips as they are trained on."
-        c, kind = self.config, "video" if dimension == "motion" else "image"
-        items = [Item(Path(path), kind, "") for path in self.files.get(dimension, [])[:most]]
-        how = c.height, c.width, c.frames, c.fps, c.fit, self.size.clip_step
-        return [read_item(item, *how) for item in items]
+        c, items = self.config, getattr(self.arranged.case, dimension)[:most]
+        how = c.fps, c.fit, self.size.clip_step
+        return [read_item(item, *item.within(c.height, c.width, c.frames), *how) for item in items]
 
 # %% ../nbs/25_loop.ipynb
 class _Shuffled:
@@ -149,6 +152,33 @@ class _Shuffled:
             if not self.left: self.left = torch.randperm(self.n, generator=generator).tolist()
             taken.append(self.left.pop())
         return taken
+
+# %% ../nbs/25_loop.ipynb
+class _Buckets:
+    "Endless indices of samples, of one group at a time, each group in proportion to its samples."
+    def __init__(self, groups): # lists of indices
+        self.groups, self.turns = groups, [i for i, group in enumerate(groups) for _ in group]
+        self.orders = [_Shuffled(len(some)) for some in (self.turns, *groups)]
+
+    def take(self, count:int, generator:torch.Generator) -> list[int]:
+        "The next `count` indices, all of one group."
+        turn, *within = self.orders
+        which = self.turns[turn.take(1, generator)[0]]
+        return [self.groups[which][i] for i in within[which].take(count, generator)]
+
+    @property
+    def left(self): return [order.left for order in self.orders] # for checkpoints
+
+    @left.setter
+    def left(self, lists):
+        for order, left in zip(self.orders, lists, strict=True): order.left = left
+
+def _order(items:list, # of `Encoded`
+           size:str):  # of `TrainConfig`
+    "In which order samples come."
+    groups = {}
+    for i, item in enumerate(items): groups.setdefault(tuple(item.mean.shape), []).append(i)
+    return _Buckets([*groups.values()]) if size == "auto" and len(groups) > 1 else _Shuffled(len(items))
 
 # %% ../nbs/25_loop.ipynb
 class Run:
@@ -169,7 +199,7 @@ class Run:
 
     def add(self, name:str, items:list): # of `Encoded`
         "More samples to learn from."
-        self.samples[name], self.orders[name] = items, _Shuffled(len(items))
+        self.samples[name], self.orders[name] = items, _order(items, self.config.size)
 
     @property
     def config(self): return self.given.config

@@ -76,7 +76,8 @@ class Masking:
         "The mask of an item, for the frames of `read_item`; one that marks nothing is 0 everywhere."
         if not (source := self.source(item)): return None
         own, how = first_frame(item).shape[:2], dict(self.how)
-        height, width, fit = how.pop("height"), how.pop("width"), how.pop("fit")
+        size = item.within(how.pop("height"), how.pop("width"), how.pop("max_frames"))
+        (height, width, how["max_frames"]), fit = size, how.pop("fit")
         def fitted(mask):
             whole = _on(mask, own, item.mask or item.path)
             return video.FITS[fit](np.repeat(whole[None, ..., None], 3, -1), height, width)[0, ..., 0]

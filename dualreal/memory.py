@@ -424,8 +424,8 @@ def place(pipe, config, device) -> Plan | None: # config: of `TrainConfig`, comp
         for one in some:
             one.to(device)
             if thrifty: one.enable_gradient_checkpointing()
-    if config.compile: # a program for clips, one for pictures
-        for one in some: compile_blocks(one, dynamic=False)
+    if config.compile: # a program for clips, one for pictures; of many sizes, one for all
+        for one in some: compile_blocks(one, dynamic=False if config.size == "one" else None)
     return made
 
 def check_wishes(config, device):

@@ -184,6 +184,13 @@ class TrainConfig:
                                above=0)
     fit: str = option("crop", "crop or pad: what becomes of pictures of other proportions",
                       choices=("crop", "pad"))
+    size: str = option("one", "one for all, or auto: pictures and clips in groups of their own proportions",
+                       choices=("one", "auto"))
+    pieces: str = option("first", "first, uniform, slide or random: which parts of a clip are samples",
+                         choices=("first", "uniform", "slide", "random"))
+    piece_count: int | None = option(None, "pieces of a clip, at most", "pieces", "4; slide: all", least=1)
+    piece_stride: int | None = option(None, "frames from one piece to the next, of slide", "frames",
+                                      "as a piece is long", least=1)
     reference_encoder: str | None = option(None, "a path, a Hub id, or none", "", _OWN)
     reference_norm: str = option("clip", "clip, or published: as public checkpoints were trained",
                                  choices=("clip", "published"))
@@ -306,6 +313,11 @@ class CheckConfig:
     motion_mask: str = _like(TrainConfig, "motion_mask")
     masks: str = _like(TrainConfig, "masks")
     hold_out: bool = _like(TrainConfig, "hold_out")
+    size: str = _like(TrainConfig, "size")
+    pieces: str = _like(TrainConfig, "pieces")
+    piece_count: int | None = _like(TrainConfig, "piece_count")
+    piece_stride: int | None = _like(TrainConfig, "piece_stride")
+    seed: int = _like(TrainConfig, "seed")
     sheet: str | None = option(None, "also write a picture of what training will see", unset="no picture",
                                shown="FILE.png")
     suggest: bool = option(False, "propose captions, from what files and folders say")

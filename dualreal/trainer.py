@@ -20,10 +20,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm import tqdm
 
-from .backbone import load_base, load_reference_encoder, outline
-from .base import base_family, base_size, fetch_adapter, find_sizes, video_size
-from .checkpoint import FILE, Adapter, adapter_tensors, check_start, origin_of, read_adapter, take_over
-from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
 from dualreal.data import (
     Case,
     Item,
@@ -34,7 +30,23 @@ from dualreal.data import (
     prior_count,
     prior_items,
 )
-from .encode import encode_all
+from dualreal.store import (
+    Store,
+    as_begun,
+    begun,
+    cache_folder,
+    check_out,
+    check_same,
+    own,
+    read_record,
+    record_path,
+)
+
+from .backbone import load_base, load_reference_encoder, outline
+from .base import base_family, base_size, fetch_adapter, find_sizes, video_size
+from .checkpoint import FILE, Adapter, adapter_tensors, check_start, origin_of, read_adapter, take_over
+from .core import InputError, peak_memory, pick_device, pick_dtype, write_json
+from .encode import encode_all, tile
 from .family import experts_of
 from .figures import loss_figure, save_figure, tradeoff_figure
 from .generate import class_images, class_source, generate_all
@@ -42,7 +54,7 @@ from .loop import Given, Run, averaged, dual_course, loop, loss_aside, take_up
 from .memory import advice, check_wishes, place
 from .resume import StopRequest, facts, restore, save_checkpoint, save_run, set_aside, stop
 from .settings import TrainConfig, completed, trackers_of
-from .store import Store, as_begun, begun, cache_folder, check_out, check_same, own, read_record, record_path
+from .shapes import arrange
 from .tuner import DualRealConfig, check_attachable
 from .video import contact_sheet, write_video
 
@@ -55,6 +67,10 @@ def _with_prior(case:Case, config, pipe, cache, accelerator, progress) -> Case:
     sizes = dict(height=config.height, width=config.width)
     files = class_images(pipe, prompt, count, cache, accelerator.device, shown, **sizes)
     return replace(case, prior=[Item(file, "image", prompt) for file in files])
+
+def _together(case, other): # other: None, or what is kept aside
+    if other is None: return case
+    return replace(case, identity=case.identity + other.identity, motion=case.motion + other.motion)
 
 def set_up(config:TrainConfig, progress=True) -> Given:
     "Load, check, encode."
@@ -70,7 +86,8 @@ def set_up(config:TrainConfig, progress=True) -> Given:
     if not family.flow and (config.sigmas, config.shift) != ("uniform", None):
         raise InputError(f"sigmas and shift: {family.name} has no noise levels to draw, its times are whole")
     check_same(config)
-    size, init = video_size(folder, config), _begins_from(config)
+    arranged, apart = arrange(case, folder, config), kept and arrange(kept, folder, config).case
+    size, init = video_size(folder, arranged.shown(config)), _begins_from(config)
     encoder = load_reference_encoder(config.reference_encoder, base=config.base)
     pipe = load_base(config.base, "cpu", dtype)
     known = {k: getattr(config, k) for k in ("rank", "groups", "scale", "controller")}
@@ -79,19 +96,21 @@ def set_up(config:TrainConfig, progress=True) -> Given:
         raise InputError(f"expert {config.expert!r}: this base has one transformer for all noise levels")
     check_attachable(pipe.transformer, adapter, "default")
     with accelerator.main_process_first(): # the others find it in the cache
-        whole = _with_prior(whole, config, pipe, cache, accelerator, progress)
-        said = [*prompts, own.negative]
-        encoded, texts = encode_all(pipe, whole, config, size.max_tokens, said, encoder, cache,
+        learnt = _with_prior(arranged.case, config, pipe, cache, accelerator, progress)
+        both, said = _together(learnt, apart), [*prompts, own.negative]
+        encoded, texts = encode_all(pipe, both, config, size.max_tokens, said, encoder, cache,
                                     accelerator.device, progress and accelerator.is_main_process)
+    tile(pipe, size.height, size.width)
     for i in range(prior_count(config.prior)):
-        encoded.prior[i].source = class_source(whole.prior[i].prompt, config.height, config.width, i)
-    case, aside = replace(case, prior=whole.prior), None
+        encoded.prior[i].source = class_source(learnt.prior[i].prompt, config.height, config.width, i)
+    case, aside, arranged = replace(case, prior=learnt.prior), None, replace(arranged, case=learnt)
     if kept: encoded, aside = encoded.apart(item.path for item in kept.identity + kept.motion)
     words = dict(subject=case.identity_prompt, motion=case.motion_prompt, class_word=case.class_word,
                  prompts=prompts)
     files = {k: [str(item.path) for item in items] for k in ("identity", "motion", "prior")
              if (items := getattr(case, k))}
-    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter, init, aside=aside)
+    return Given(config, accelerator, pipe, encoded, texts, words, files, size, adapter, init, arranged,
+                 aside=aside)
 
 # %% ../nbs/27_trainer.ipynb
 def _begins_from(config) -> Adapter|None: # config: completed
@@ -133,13 +152,14 @@ def prepare(config:TrainConfig, progress=True) -> Run:
     adapter = adapter_tensors(pipe)
     for p in adapter.values(): p.data = p.data.float()
     if given.init: take_over(pipe, given.init, config.init_side)
-    plan = place(pipe, config, given.accelerator.device)
+    plan = place(pipe, given.arranged.widest(config), given.accelerator.device)
     course = dual_course(pipe, config)
     run = Run(given, plan, adapter)
     run.origin = given.init and origin_of(given.init, config.init_side)
     take_up(run, course)
-    if run.plan and progress and given.accelerator.is_main_process:
-        print(f"memory: the encoders have left; {run.plan}")
+    if progress and given.accelerator.is_main_process:
+        for line in given.arranged.lines: print(line)
+        if run.plan: print(f"memory: the encoders have left; {run.plan}")
     run.seconds["prepare"] = time.perf_counter() - start
     return run
 
@@ -312,8 +332,8 @@ def _finish(run:Run, known:dict, progress): # known: facts of the adapter file
     run.seconds["videos"] = time.perf_counter() - start
     contact_sheet(_reference_rows(given) + made, path=run.out/"contact_sheet.png")
     planned = run.plan and dict(asdict(run.plan), bytes=run.plan.bytes)
-    record = dict(known, adapter=FILE, words=given.words, files=given.files, config=asdict(run.config),
-                  seconds=run.seconds, cached=run.case.cached, plan=planned, scores=run.scores, best=best,
-                  hold_out=_held_out(run),
+    record = dict(known, adapter=FILE, words=given.words, files=given.files, **given.arranged.record,
+                  config=asdict(run.config), seconds=run.seconds, cached=run.case.cached, plan=planned,
+                  scores=run.scores, best=best, hold_out=_held_out(run),
                   peak_memory_bytes=peak_memory(run.accelerator.device), log=run.log)
     write_json(run.out/"run.json", record)

@@ -5,7 +5,8 @@
 # %% auto 0
 __all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'READER', 'FITS', 'natural_key', 'read_image', 'read_alpha', 'image_facts',
            'pick_frames', 'frame_time', 'decoder', 'frame_files', 'is_clip', 'clip_facts', 'read_frames', 'read_video',
-           'stream_video', 'resize_crop', 'usable_frames', 'sample_frames', 'write_video', 'film', 'contact_sheet']
+           'stream_video', 'find_cuts', 'scenes', 'resize_crop', 'usable_frames', 'sample_frames', 'write_video',
+           'film', 'contact_sheet']
 
 # %% ../nbs/12_video.ipynb
 import importlib.util
@@ -346,16 +347,17 @@ def _timing(seconds: list[float],  # times of the pictures, in order
 # %% ../nbs/12_video.ipynb
 def pick_frames(facts: _Facts,  # of `clip_facts`
                 max_frames: int,  # keep at most this many
-                fps: float | None = None  # None: keep the rate
+                fps: float | None = None,  # None: keep the rate
+                start: int = 0  # number of the first one
                 ) -> list[int]:  # numbers of frames, in order
-    "The first frames, thinned to `fps` if that is lower than the clip's rate."
+    "The frames from a first one on, thinned to `fps` if that is lower than the clip's rate."
     if not (fps and facts.variable):
         step = max(facts.fps / fps, 1.0) if fps else 1.0
-        picks = np.floor(np.arange(math.ceil(facts.frames / step)) * step + 1e-6).astype(int)
-        return picks[:max_frames].tolist()
+        picks = np.floor(start + np.arange(math.ceil((facts.frames - start) / step)) * step + 1e-6)
+        return picks[:max_frames].astype(int).tolist()
     times = np.array(facts.times)
-    rate = min(fps, 1 / np.median(np.diff(times)))
-    wanted = np.arange(min(math.floor(times[-1] * rate + 1e-6) + 1, max_frames)) / rate
+    rate, rest = min(fps, 1 / np.median(np.diff(times))), times[-1] - times[start]
+    wanted = times[start] + np.arange(min(math.floor(rest * rate + 1e-6) + 1, max_frames)) / rate
     after = np.clip(np.searchsorted(times, wanted - 1e-6), 1, len(times) - 1)
     return (after - (wanted - times[after - 1] <= times[after] - wanted + 1e-6)).tolist()
 
@@ -869,6 +871,34 @@ def stream_video(path: str | Path,  # as for `read_video`
             waiting = []
     if waiting:
         yield np.stack(waiting)
+
+# %% ../nbs/12_video.ipynb
+def _tiny(frame: np.ndarray) -> np.ndarray:  # uint8 (16, 16, 3)
+    "A frame as small as cuts need it."
+    return np.asarray(Image.fromarray(frame).resize((16, 16), Image.Resampling.BOX))
+
+
+def find_cuts(frames: np.ndarray  # uint8 (F, H, W, 3)
+              ) -> list[int]:  # numbers of the first frames of new scenes
+    "Where a picture has nothing in common with the one before."
+    small = np.stack([_tiny(frame) for frame in frames]).astype(np.int16)
+    steps = np.abs(np.diff(small, axis=0)).mean((1, 2, 3))
+    around = [max([*steps[max(i - 2, 0):i], *steps[i + 1:i + 3]], default=0) for i in range(len(steps))]
+    return [i + 1 for i, (step, near) in enumerate(zip(steps, around)) if step > 24 and step > 3 * near]
+
+
+@lru_cache(4096)
+def _found_scenes(path: Path, *stamp) -> tuple:
+    frames = read_frames(path, [*range(clip_facts(path).frames)], _tiny)
+    edges = [0, *find_cuts(frames), len(frames)]
+    return tuple(zip(edges, edges[1:]))
+
+
+def scenes(path: str | Path  # as for `read_video`
+           ) -> tuple:  # of (number of the first frame, number after the last)
+    "What lies between the cuts of a clip; errors as for `read_video`."
+    path = Path(path)
+    return _found_scenes(path, *_stamp(path))
 
 # %% ../nbs/12_video.ipynb
 def resize_crop(frames: np.ndarray,  # uint8 (F, H, W, 3)

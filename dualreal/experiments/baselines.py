@@ -92,7 +92,7 @@ class Method:
         if len(given.experts) > 1:
             raise InputError(f"{self.title}: trains one transformer, and this base has two")
         for name, off in _TRAINER.items(): setattr(given.config, name, off) # a base's note may ask for them
-        return Run(given, place(given.pipe, given.config, given.accelerator.device))
+        return Run(given, place(given.pipe, given.arranged.widest(given.config), given.accelerator.device))
 
     def train(self, run, on_step=None):
         "Make `run.pipe` what `generate` needs."

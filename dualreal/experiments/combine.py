@@ -7,7 +7,6 @@ __all__ = ['RECORDED', 'Grid', 'jobs_of', 'joint_run', 'composed_run', 'rows_of'
 
 # %% ../../nbs/46_combine.ipynb
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
