@@ -18,6 +18,7 @@ from collections import Counter
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
@@ -277,6 +278,8 @@ class _Facts(NamedTuple):
     turn: tuple = (1, 0, 0, 1)  # where right and down of the stored picture point: (x, y) of each
     aspect: Fraction = Fraction(1)  # width of a stored pixel, in its heights
     interlaced: bool = False
+    see_through: bool = False
+    videos: int = 1  # in the file, pictures of the cover not counted
     hidden: int = 0  # stored pictures that an edit list does not show
     seconds: float = 0.0  # length that the header names; 0: none, as in what was sent while it was recorded
     container: str = ""  # as FFmpeg names it
@@ -287,8 +290,8 @@ class _Facts(NamedTuple):
     @property
     def colours(self) -> str:
         "What the colours are, if more than a screen of BT.709 shows; else empty."
-        wide = _WIDE.get(self.primaries) or ("BT.2020" if self.matrix in (9, 10) else "")
-        return _HDR.get(self.transfer) or wide
+        untold = "BT.2020" if self.primaries == 2 and self.matrix in (9, 10) else ""
+        return _HDR.get(self.transfer) or _WIDE.get(self.primaries) or untold
 
     @property
     def notes(self) -> list[str]:
@@ -297,7 +300,9 @@ class _Facts(NamedTuple):
         if self.missing: said.append(f"it lacks {self.missing} frames that its header promises: cut off?")
         how = "tone-mapped" if self.transfer in _HDR else "converted"
         if self.colours: said.append(f"its {self.colours} colours are {how} to BT.709")
-        if self.interlaced: said.append("it is interlaced: two moments in a frame, combs where things move")
+        if self.interlaced: said.append("it is interlaced: of two moments in a frame, the first is shown")
+        if self.see_through: said.append("what is transparent in it becomes white")
+        if self.videos > 1: said.append(f"it holds {self.videos} videos: one is read, as players choose it")
         return said
 
     @property
@@ -434,7 +439,8 @@ def _screened(rgb: np.ndarray,  # uint16 (H, W, 3), full range
 
 # %% ../nbs/12_video.ipynb
 _MOV = "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names of containers
-_CONTAINERS = (_MOV, "matroska,webm", "avi")
+_MKV = "matroska,webm"  # its length is its end, wherever it begins
+_CONTAINERS = (_MOV, _MKV, "avi")
 _CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mjpeg", "msmpeg4", "vp8", "vp9")
 _LAYOUTS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 _FRAME = 2**22  # pixels: larger frames are PyAV's, since decord keeps dozens of them
@@ -451,6 +457,8 @@ def _not_ordinary(facts: _Facts) -> str:  # empty if decord may read it
     if facts.hidden: return f"{facts.hidden} of its pictures are not shown"
     if facts.variable: return "its rate varies"
     if facts.interlaced: return "it is interlaced"
+    if facts.see_through: return "it is transparent in places"
+    if facts.videos > 1: return f"it holds {facts.videos} videos"
     if facts.aspect != 1: return "its pixels are not square"
     a, b, c, d = facts.turn
     if (a, b, c, d) != (1, 0, 0, 1) and (facts.container != _MOV or a * d - b * c < 0): return "it is turned"
@@ -494,7 +502,8 @@ def _walk(container,  # an open av container
           stream  # its video
           ) -> _Walk:
     "Go through the packets, and decode until there is a picture."
-    start, end, times, stored, whole, first = (container.start_time or 0) / 1e6, 0.0, [], 0, True, None
+    end, times, stored, whole, first = 0.0, [], 0, True, None
+    start = 0 if container.format.name == _MKV else (container.start_time or 0) / 1e6
     codec = stream.codec_context.codec.canonical_name
     for packet in container.demux():
         time = packet.dts if packet.pts is None else packet.pts
@@ -535,12 +544,17 @@ def _square(height: int, width: int,  # as stored
     return (height, round(width * aspect)) if aspect >= 1 else (round(height / aspect), width)
 
 # %% ../nbs/12_video.ipynb
+def _videos(container) -> list:
+    "Videos of an open av container; a picture of the cover is none."
+    return [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+
+
 def _stream(container,  # an open av container
             path: Path):
-    "The video of a container; a picture of the cover is none."
-    streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    "The video that a player shows: what is marked as default, else the best."
+    streams, best = _videos(container), container.streams.best("video")
     if not streams: raise InputError(f"{path} holds no video stream.")
-    return streams[0]
+    return best if best in streams else streams[0]
 
 
 def _promised(path: Path, facts: _Facts, walk: _Walk,
@@ -553,6 +567,26 @@ def _promised(path: Path, facts: _Facts, walk: _Walk,
         raise InputError(f"{path} is cut off: {there}.")
     if not walk.whole:
         raise InputError(f"{path} is damaged or cut off: a part of it is incomplete.")
+
+
+_DOLBY = ("dvhe", "dvh1", "dav1")
+
+
+def _check_dolby(path: Path, frame,  # the first
+                 stream):
+    "`InputError` for Dolby Vision that no other screen can show: its colours have no tag."
+    says = any(item.type.name.startswith("DOVI") for item in frame.side_data)
+    if not says and stream.codec_context.codec_tag not in _DOLBY: return
+    if (int(frame.color_trc), int(frame.colorspace)) in ((2, 2), (2, 15)):
+        raise InputError(f"{path} is Dolby Vision without colours for other screens (profile 5): "
+                         "export it as HDR10, HLG or SDR.")
+
+
+def _is_clear(frame, stream) -> bool:
+    "Whether a picture may be transparent; VP8 and VP9 keep that beside it."
+    beside = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1"
+    raw = stream.codec_context.codec.name == "rawvideo"  # 32 bits a pixel: the last 8 are mostly filling
+    return beside or not raw and any(part.is_alpha for part in frame.format.components)
 
 
 def _seen(container, stream, walk: _Walk) -> _Facts:
@@ -569,7 +603,8 @@ def _seen(container, stream, walk: _Walk) -> _Facts:
                   matrix=matrix,
                   missing=max(0, stream.frames - walk.stored), transfer=transfer, primaries=primaries,
                   height=size[0 if turn[0] else 1], width=size[1 if turn[0] else 0], turn=turn, aspect=aspect,
-                  interlaced=bool(frame.interlaced_frame or order > 1), hidden=walk.stored - len(walk.times),
+                  interlaced=bool(frame.interlaced_frame or order > 1), see_through=_is_clear(frame, stream),
+                  videos=len(_videos(container)), hidden=walk.stored - len(walk.times),
                   seconds=(container.duration or 0) / 1e6,
                   container=container.format.name, codec=stream.codec_context.codec.canonical_name)
 
@@ -584,6 +619,7 @@ def _probe(path: Path  # a video file
             stream = _stream(container, path)
             walk = _walk(container, stream)
             if walk.first is None: raise InputError(f"{path} cannot be read as a video: it holds no picture.")
+            _check_dolby(path, walk.first, stream)
             facts, promised = _seen(container, stream, walk), stream.frames
     except av.FFmpegError as error:
         raise InputError(f"{path} cannot be read as a video ({error.strerror}).") from error
@@ -684,12 +720,53 @@ def _shown(frame,  # an av frame
     if facts.colours:
         tags = dict(src_colorspace=9) if facts.matrix in (2, 9, 10) else {}
         primaries = facts.primaries if facts.primaries in _WIDE else 9
-        pixels = _screened(frame.reformat(format="rgb48le", **tags).to_ndarray(), facts.transfer, primaries)
-    else: pixels = frame.to_ndarray(format="rgb24")
+        whole = frame.reformat(format="rgba64le" if facts.see_through else "rgb48le", **tags).to_ndarray()
+        pixels = _screened(whole[..., :3], facts.transfer, primaries)
+        if facts.see_through: pixels = np.dstack([pixels, (whole[..., 3] >> 8).astype(np.uint8)])
+    else: pixels = frame.to_ndarray(format="rgba" if facts.see_through else "rgb24")
+    if facts.see_through: pixels = _rgb(Image.fromarray(pixels))
     size = (facts.height, facts.width) if facts.turn[0] else (facts.width, facts.height)
     if size != pixels.shape[:2]:  # pixels are not square, or the size changes on the way
         pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
     return np.ascontiguousarray(_turned(pixels, facts.turn))
+
+
+def _pulled(graph):  # yields av frames
+    "What a filter has ready."
+    import av
+
+    try:
+        while True: yield graph.pull()
+    except (av.BlockingIOError, av.EOFError): return  # it wants more, or has ended
+
+
+def _deinterlaced(frames,  # of av
+                  stream,  # they are of
+                  ):  # yields av frames, as many
+    "Frames of one moment each."
+    import av
+
+    graph = None
+    for frame in chain(frames, [None]):
+        if graph is None:
+            if frame is None: return
+            graph, told = av.filter.Graph(), "interlaced" if frame.interlaced_frame else "all"  # by file
+            nodes = graph.add_buffer(template=stream), graph.add("bwdif", f"mode=send_frame:deint={told}")
+            graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+        graph.push(frame)
+        yield from _pulled(graph)
+
+
+def _decoded(container, stream, facts: _Facts):
+    "The pictures of a video, as FFmpeg gives them."
+    import av
+
+    stream.thread_type, stream.thread_count = "AUTO", _THREADS
+    special = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(facts.codec) if facts.see_through else None
+    if not special: return container.decode(stream)
+    decoder = av.CodecContext.create(special, "r")  # FFmpeg's own leaves out what is transparent
+    packets = (packet if packet.size else None for packet in container.demux(stream))
+    return (frame for packet in packets for frame in decoder.decode(packet))
 
 
 def _pyav_frames(path: Path,  # a video file
@@ -702,8 +779,9 @@ def _pyav_frames(path: Path,  # a video file
     try:
         with av.open(str(path)) as container:
             stream = _stream(container, path)
-            stream.thread_type, stream.thread_count = "AUTO", _THREADS
-            for i, frame in enumerate(container.decode(stream)):
+            frames = _decoded(container, stream, facts)
+            if facts.interlaced: frames = _deinterlaced(frames, stream)
+            for i, frame in enumerate(frames):
                 if i in wanted: yield i, _shown(frame, facts)
     except av.FFmpegError as error:
         raise InputError(f"{path} cannot be decoded: PyAV says {error.strerror!r}.") from error
