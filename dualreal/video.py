@@ -18,9 +18,9 @@ from collections import Counter
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
-from itertools import chain
 from importlib import metadata
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,8 @@ from .core import InputError, atomic_path
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif",
                   ".heic", ".heif", ".hif")  # one picture a file
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".gif", ".webm", ".mkv", ".m4v", ".mpg", ".mpeg", ".ts", ".mts",
-                  ".m2ts", ".3gp", ".3g2", ".wmv", ".flv", ".ogv", ".mxf", ".vob", ".apng")  # many pictures a file
+                  ".m2ts", ".3gp", ".3g2", ".wmv", ".flv", ".ogv", ".mxf", ".vob",
+                  ".apng")  # many pictures a file
 _MOVING = ("GIF", "WEBP", "PNG", "AVIF")  # Pillow's names of what may hold pictures that move
 READER = "reader 3"  # part of the keys of caches: what an older reader gave is not used again
 _FPS = 8.0  # where a source names no rate: CogVideoX's own
@@ -545,6 +546,7 @@ def _not_ordinary(facts: _Facts) -> str:  # empty if decord may read it
     if facts.pixels not in _LAYOUTS: return f"its pixels are {facts.pixels}"
     if facts.colours: return f"its colours are {facts.colours}"
     if facts.height * facts.width > _FRAME: return f"its frames have {facts.width}x{facts.height} pixels"
+    if facts.height % 2 or facts.width % 2: return "its sides are odd"  # its scaler is coarser there
     if not facts.seconds: return "it does not say how long it is"
     if facts.hidden: return f"{facts.hidden} of its pictures are not shown"
     if facts.variable: return "its rate varies"
@@ -661,17 +663,21 @@ def _promised(path: Path, facts: _Facts, walk: _Walk,
         raise InputError(f"{path} is damaged or cut off: a part of it is incomplete.")
 
 
-_DOLBY = ("dvhe", "dvh1", "dav1")
+_DOLBY = ("dvhe", "dvh1", "dav1")  # names of codecs
+_CONVERTED = (0, 1, 2, 4, 5, 6, 7, 9, 10)  # colour matrices that are known here
 
 
-def _check_dolby(path: Path, frame,  # the first
-                 stream):
-    "`InputError` for Dolby Vision that no other screen can show: its colours have no tag."
-    says = any(item.type.name.startswith("DOVI") for item in frame.side_data)
-    if not says and stream.codec_context.codec_tag not in _DOLBY: return
-    if (int(frame.color_trc), int(frame.colorspace)) in ((2, 2), (2, 15)):
+def _check_colours(path: Path, frame,  # the first
+                   stream):
+    "`InputError` for what would be shown in wrong colours, such as Dolby Vision without other colours."
+    matrix, dolby = int(frame.colorspace), any(item.type.name.startswith("DOVI") for item in frame.side_data)
+    dolby = dolby or stream.codec_context.codec_tag in _DOLBY
+    if dolby and int(frame.color_trc) == 2 and matrix in (2, 15):
         raise InputError(f"{path} is Dolby Vision without colours for other screens (profile 5): "
                          "export it as HDR10, HLG or SDR.")
+    if matrix not in _CONVERTED and not frame.format.is_rgb:
+        raise InputError(f"{path} has colours that cannot be converted (matrix {matrix} of ITU-T H.273): "
+                         "export it in BT.709.")
 
 
 def _is_clear(frame, stream) -> bool:
@@ -711,7 +717,7 @@ def _probe(path: Path  # a video file
             stream = _stream(container, path)
             walk = _walk(container, stream)
             if walk.first is None: raise InputError(f"{path} cannot be read as a video: it holds no picture.")
-            _check_dolby(path, walk.first, stream)
+            _check_colours(path, walk.first, stream)
             facts, promised = _seen(container, stream, walk), stream.frames
     except av.FFmpegError as error:
         why = error.strerror if path.stat().st_size else "it is empty"
@@ -786,8 +792,8 @@ def _picture_facts(path: Path) -> _Facts:
     if not single: timing["fps"] = float(1000 / min(durations))
     with Image.open(path) as image: size, kind, tags = image.size, image.format.lower(), _tags(path, image)
     transfer, primaries = tags or (2, 2)
-    return _Facts(sum(repeats), **timing, transfer=transfer, primaries=primaries, height=size[1], width=size[0], container=kind, codec=kind,
-                  reader="Pillow")
+    return _Facts(sum(repeats), **timing, transfer=transfer, primaries=primaries, height=size[1],
+                  width=size[0], container=kind, codec=kind, reader="Pillow")
 
 
 def _picture_frames(path: Path,
