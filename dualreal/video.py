@@ -329,7 +329,7 @@ def _heif() -> bool:  # whether HEIC can be read here
     return True
 
 
-_STILLS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # brands of an ISO file
+_STILLS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1")  # brands of an ISO file
 
 
 def _start(path: Path) -> bytes:  # 32 or fewer
@@ -342,7 +342,7 @@ def _start(path: Path) -> bytes:  # 32 or fewer
 def _is_film(start: bytes  # 12 of a file
              ) -> bool:
     "Whether a file is FFmpeg's, whatever its name says: mp4, mov, HEIC sequences, Matroska, AVI."
-    iso = start[4:8] == b"ftyp" and start[8:12] not in _STILLS
+    iso = start[4:8] == b"ftyp" and start[8:12] not in _STILLS and b"avi" not in start
     return iso or start[:4] == b"\x1aE\xdf\xa3" or start[:4] == b"RIFF" and start[8:12] == b"AVI "
 
 
