@@ -504,8 +504,9 @@ def _timing(seconds: list[float],  # times of the pictures, in order
             rate: float  # of the header; 0: none is named
             ) -> dict:  # of `_Facts`
     "Mean rate and times of a clip."
-    measured = (len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else rate or _FPS
-    trusted = rate and not uneven and abs(rate / measured - 1) < 0.02  # exact where times are rounded
+    gaps, last = len(seconds) - 1, seconds[-1] - seconds[0] if seconds else 0
+    measured = gaps / last if last else rate or _FPS
+    trusted = rate and not uneven and abs(last * rate - gaps) < max(0.02 * gaps, 1.01)  # times are rounded
     times = tuple(round(time - seconds[0], 6) for time in seconds) if uneven else ()
     return dict(fps=float(rate if trusted else measured), variable=uneven, times=times)
 
@@ -532,8 +533,7 @@ def frame_time(facts: _Facts, number: int) -> float:  # seconds from the first f
 
 # %% ../nbs/12_video.ipynb
 _MOV = "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names of containers
-_MKV = "matroska,webm"  # its length is its end, wherever it begins
-_CONTAINERS = (_MOV, _MKV, "avi")
+_CONTAINERS = (_MOV, "matroska,webm", "avi")
 _CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mjpeg", "msmpeg4", "vp8", "vp9")
 _LAYOUTS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 _FRAME = 2**22  # pixels: larger frames are PyAV's, since decord keeps dozens of them
@@ -555,7 +555,8 @@ def _not_ordinary(facts: _Facts) -> str:  # empty if decord may read it
     if facts.videos > 1: return f"it holds {facts.videos} videos"
     if facts.aspect != 1: return "its pixels are not square"
     a, b, c, d = facts.turn
-    if (a, b, c, d) != (1, 0, 0, 1) and (facts.container != _MOV or a * d - b * c < 0): return "it is turned"
+    plain = facts.container == _MOV and facts.codec != "mjpeg"  # whose pictures may say so, too
+    if (a, b, c, d) != (1, 0, 0, 1) and (not plain or a * d - b * c < 0): return "it is turned"
     return ""
 
 
@@ -582,7 +583,7 @@ class _Walk(NamedTuple):
     "What is in a container."
     times: list  # of pictures that are shown, in ticks; None: unknown
     stored: int  # whole pictures, shown or not
-    end: float  # last moment of any stream, in seconds
+    end: float  # last moment of any stream, in seconds; some headers count from 0, some from the first
     whole: bool  # no packet is incomplete
     first: object  # the first picture, an av frame
 
@@ -597,7 +598,6 @@ def _walk(container,  # an open av container
           ) -> _Walk:
     "Go through the packets, and decode until there is a picture."
     end, times, stored, whole, first = 0.0, [], 0, True, None
-    start = 0 if container.format.name == _MKV else (container.start_time or 0) / 1e6
     codec = stream.codec_context.codec.canonical_name
     for packet in container.demux():
         time = packet.dts if packet.pts is None else packet.pts
@@ -607,16 +607,27 @@ def _walk(container,  # an open av container
             if _is_shown(packet, codec): times.append(time)
         if packet.stream is stream and first is None: first = next(iter(packet.decode()), None)
         if time is not None:
-            end = max(end, float((time + (packet.duration or 0)) * packet.time_base) - start)
+            end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
     return _Walk(times, stored, end, whole, first)
 
 # %% ../nbs/12_video.ipynb
+def _beside(frame  # an av frame
+            ) -> dict[str, bytes] | None:
+    "What FFmpeg says beside a picture; None if PyAV has no name for some of it, and so gives none."
+    try: return {item.type.name: bytes(item) for item in frame.side_data}
+    except ValueError: return None
+
+
+_QUARTERS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # against the clock
+
+
 def _turn(frame  # an av frame
           ) -> tuple:  # as in `_Facts`
     "Where right and down of the stored picture point when it is shown, in quarters."
-    data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
-    if data is None: return (1, 0, 0, 1)
-    a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
+    said = _beside(frame)
+    if said is None: return _QUARTERS[round(frame.rotation / 90) * 90 % 360]
+    if "DISPLAYMATRIX" not in said: return (1, 0, 0, 1)
+    a, b, _, c, d, *_ = np.frombuffer(said["DISPLAYMATRIX"], np.int32).tolist()
     if max(abs(a), abs(d)) >= max(abs(b), abs(c)): b = c = 0
     else: a = d = 0
     return tuple(int(np.sign(n)) for n in (a, b, c, d))
@@ -670,7 +681,7 @@ _CONVERTED = (0, 1, 2, 4, 5, 6, 7, 9, 10)  # colour matrices that are known here
 def _check_colours(path: Path, frame,  # the first
                    stream):
     "`InputError` for what would be shown in wrong colours, such as Dolby Vision without other colours."
-    matrix, dolby = int(frame.colorspace), any(item.type.name.startswith("DOVI") for item in frame.side_data)
+    matrix, dolby = int(frame.colorspace), any(name.startswith("DOVI") for name in _beside(frame) or ())
     dolby = dolby or stream.codec_context.codec_tag in _DOLBY
     if dolby and int(frame.color_trc) == 2 and matrix in (2, 15):
         raise InputError(f"{path} is Dolby Vision without colours for other screens (profile 5): "
@@ -840,17 +851,21 @@ def _pulled(graph):  # yields av frames
     except (av.BlockingIOError, av.EOFError): return  # it wants more, or has ended
 
 
+_FLAGGED = ("h264", "hevc", "mpeg2video", "mpeg4", "vc1", "dvvideo", "prores", "dnxhd")  # codecs
+
+
 def _deinterlaced(frames,  # of av
-                  stream,  # they are of
+                  stream  # they are of
                   ):  # yields av frames, as many
-    "Frames of one moment each."
+    "Frames of one moment each, by the flag of each frame where a codec has one, else by the file's word."
     import av
 
+    told = "interlaced" if stream.codec_context.codec.canonical_name in _FLAGGED else "all"
     graph = None
     for frame in chain(frames, [None]):
         if graph is None:
             if frame is None: return
-            graph, told = av.filter.Graph(), "interlaced" if frame.interlaced_frame else "all"  # by file
+            graph = av.filter.Graph()
             nodes = graph.add_buffer(template=stream), graph.add("bwdif", f"mode=send_frame:deint={told}")
             graph.link_nodes(*nodes, graph.add("buffersink")).configure()
         graph.push(frame)
