@@ -504,9 +504,8 @@ def _timing(seconds: list[float],  # times of the pictures, in order
             rate: float  # of the header; 0: none is named
             ) -> dict:  # of `_Facts`
     "Mean rate and times of a clip."
-    gaps, last = len(seconds) - 1, seconds[-1] - seconds[0] if seconds else 0
-    measured = gaps / last if last else rate or _FPS
-    trusted = rate and not uneven and abs(last * rate - gaps) < max(0.02 * gaps, 1.01)  # times are rounded
+    measured = (len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else rate or _FPS
+    trusted = rate and not uneven and abs(rate / measured - 1) < 0.02  # exact where times are rounded
     times = tuple(round(time - seconds[0], 6) for time in seconds) if uneven else ()
     return dict(fps=float(rate if trusted else measured), variable=uneven, times=times)
 
@@ -555,7 +554,7 @@ def _not_ordinary(facts: _Facts) -> str:  # empty if decord may read it
     if facts.videos > 1: return f"it holds {facts.videos} videos"
     if facts.aspect != 1: return "its pixels are not square"
     a, b, c, d = facts.turn
-    plain = facts.container == _MOV and facts.codec != "mjpeg"  # whose pictures may say so, too
+    plain = facts.container == _MOV and facts.codec != "mjpeg" and "422" not in facts.pixels
     if (a, b, c, d) != (1, 0, 0, 1) and (not plain or a * d - b * c < 0): return "it is turned"
     return ""
 
