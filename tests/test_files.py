@@ -834,8 +834,9 @@ RATES = (8, 24, 25, Fraction(30000, 1001), 60)
 QUICK = {"mpeg4": dict(qscale="2"), "libsvtav1": dict(preset="12", crf="10"),
          "libx265": {"x265-params": "log-level=none"}}
 LOSSY = ("wmv", "flv", "mpeg", "msmpeg", "h263", "svq1", "asv", "amv", "cinepak", "snow")
+# Where FFmpeg writes times that are not the pictures'
 UNTIMED = {(suffix, codec) for suffix in (".mpg", ".vob") for codec in ("mpeg4", "h263p")}
-UNTIMED |= {(".wmv", "mpeg1video"), (".avi", "mpeg1video")}  # where FFmpeg writes times that are not the pictures'
+UNTIMED |= {(".wmv", "mpeg1video"), (".avi", "mpeg1video")}
 REFUSED: set = set()  # of (suffix, codec, pixels): what is written here and cannot be read
 
 
@@ -887,7 +888,7 @@ def combination(path, kind, turn, rate):
     assert np.abs(middles(read) - middles(frames)).mean() < (12 if codec.startswith(LOSSY) else 8)
     if video.clip_facts(path).reader == "decord":
         one, other = (video.read_video(path, backend=name)[0].astype(int) for name in ("decord", "pyav"))
-        assert np.abs(one - other).max() <= (2 if codec == "mpeg4" else 0)  # newer FFmpeg rounds that otherwise
+        assert np.abs(one - other).max() <= (2 if codec == "mpeg4" else 0)  # newer FFmpeg rounds
     assert (np.diff(middles(read)[:, 0].mean(1)) > 0).all()  # in order
     return True
 
