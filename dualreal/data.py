@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -96,21 +97,34 @@ def _clips(home: Path  # a folder
     return sorted(filter(video.is_clip, there), key=video.natural_key)
 
 # %% ../nbs/13_data.ipynb
+def _text(path: Path) -> str:
+    "What a UTF-8 file says, or one of UTF-16 that says so; `InputError` if it is another one."
+    data = path.read_bytes()
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") and data[2:4] != b"\0\0"
+    try: text = data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError: text = "\0"
+    if "\0" in text: raise InputError(f"{path} is not UTF-8 text: save it again as UTF-8.")
+    return text
+
+
 def _lines(path: Path  # a text file
            ) -> list[str]:  # without blank ones
-    "Lines of a UTF-8 text file."
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: save it again as UTF-8.") from error
+    "Lines of a text file."
+    return [line for line in _text(path).splitlines() if line.strip()]
+
+
+def _plain(name: str) -> str:
+    "A name as it is compared: a Mac writes é as two characters, other machines as one."
+    return unicodedata.normalize("NFC", name)
 
 
 def _inside(folder: Path,
             name: str  # a path in a list, perhaps of Windows
             ) -> Path:
     "The file that a list means."
-    path = folder / name
-    return path if path.exists() or "\\" not in name else folder / name.replace("\\", "/")
+    paths = [folder / form for one in (name, name.replace("\\", "/"))
+             for form in (one, *(unicodedata.normalize(f, one) for f in ("NFC", "NFD")))]
+    return next((path for path in paths if path.exists()), paths[3])
 
 
 def _listed(root: Path  # a folder that may hold videos.txt
@@ -143,7 +157,8 @@ def _captions_beside(path: Path  # an image, a clip or a folder of frames
                      ) -> list[Path]:  # `IMG 0.txt`, `IMG 0.TXT`, `IMG 0.jpg.txt`, ...
     "The files beside a file that may hold its caption."
     stems, lists = {path.name} if path.is_dir() else {path.stem, path.name}, {_CLIPS, *_CAPTIONS, *_TABLES}
-    there = (p for p in _listing(path.parent) if p.suffix.lower() in _BESIDE and p.stem in stems)
+    stems = set(map(_plain, stems))
+    there = (p for p in _listing(path.parent) if p.suffix.lower() in _BESIDE and _plain(p.stem) in stems)
     return [p for p in there if p.name not in lists and p != path]
 
 
@@ -162,8 +177,8 @@ def _caption_in(path: Path  # beside a file
                 ) -> str:  # empty if it holds none
     "The caption of a text or JSON file."
     if path.suffix.lower() != ".json": return " ".join(map(str.strip, _lines(path)))
-    try: found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError: return ""  # another tool's file: named among those that are not used
+    try: found = json.loads(_text(path))
+    except (InputError, ValueError): return ""  # another tool's file: named among those that are not used
     return " ".join(_value(found, _SAID).split()) if isinstance(found, dict) else ""
 
 
@@ -241,8 +256,8 @@ def motion_files(folder: str | Path  # clips, folders of frames, videos/, or the
 def _meant(name: str,  # in a list, with or without suffix, perhaps with the path of another machine
            files: list[Path]) -> list[Path]:
     "Files that a name of a list means."
-    last = name.replace("\\", "/").rpartition("/")[2]
-    return [file for file in files if last in (file.name, file.stem)]
+    last = _plain(name.replace("\\", "/").rpartition("/")[2])
+    return [file for file in files if last in (_plain(file.name), _plain(file.stem))]
 
 
 def _by_name(source: Path,  # prompts.txt
@@ -289,7 +304,9 @@ def _rows(source: Path  # metadata.jsonl or metadata.csv
           ) -> list[dict]:  # of texts
     "Rows of a table; `InputError` names a line that is none."
     lines = _lines(source)
-    if source.suffix == ".csv": return list(csv.DictReader(io.StringIO("\n".join(lines))))
+    if source.suffix == ".csv":
+        between = max(",;\t", key=lines[0].count) if lines else ","  # Excel's choice depends on the language
+        return list(csv.DictReader(io.StringIO("\n".join(lines)), delimiter=between))
     rows = []
     for line in lines:
         try: rows.append(dict(json.loads(line)))
@@ -318,6 +335,9 @@ def _from_beside(files: list[Path],
     found = [(p, i, _caption_in(p)) for i, file in enumerate(files) for p in _read_beside([file])]
     have = {i for _, i, caption in found if caption}
     for i, file in enumerate(files):
+        empty = [p for p, j, _ in found if j == i]
+        if all_of_them and i not in have and empty:
+            raise InputError(f"{empty[0]} holds no caption: write one into it.")
         if found and all_of_them and i not in have:
             name = f"{file.name if file.is_dir() else file.stem}.txt"
             raise InputError(f"{file} has no caption: expected {name} beside it, as other files have.")
@@ -397,8 +417,8 @@ def _captions(root: str | Path,  # the folder the user named
 # %% ../nbs/13_data.ipynb
 def prompt_list(path: str | Path) -> list[tuple]:  # (name or None, prompt)
     "The prompts of a file, a line each, or name<TAB>prompt; `InputError` names the line that is wrong."
-    try: lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
+    try: lines = _text(Path(path)).splitlines()
+    except (OSError, InputError) as e:
         raise InputError(f"--prompts {path}: no UTF-8 text is there") from e
     said = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not said: raise InputError(f"--prompts {path}: the file is empty")

@@ -89,7 +89,7 @@ def _about_size(row: dict,  # of `_measure`
 
 # %% ../nbs/14_doctor.ipynb
 _FIXES = {"the frame rate": "give --fps, and frames are taken by their times",
-          "it lacks": "take the whole file", "it is interlaced": "deinterlace it",
+          "it lacks": "take the whole file",
           "its colour profile": "save it again, with a profile or without"}
 
 

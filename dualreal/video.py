@@ -21,6 +21,7 @@ from fractions import Fraction
 from functools import lru_cache
 from importlib import metadata
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,14 +32,12 @@ from .core import InputError, atomic_path
 
 # %% ../nbs/12_video.ipynb
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif",
-                  ".heic",
-                  ".heif")  # one picture a file
+                  ".heic", ".heif", ".hif")  # one picture a file
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".gif", ".webm", ".mkv", ".m4v", ".mpg", ".mpeg", ".ts", ".mts",
-                  ".m2ts",
-                  ".3gp", ".wmv", ".flv",
+                  ".m2ts", ".3gp", ".3g2", ".wmv", ".flv", ".ogv", ".mxf", ".vob",
                   ".apng")  # many pictures a file
 _MOVING = ("GIF", "WEBP", "PNG", "AVIF")  # Pillow's names of what may hold pictures that move
-READER = "reader 2"  # part of the keys of caches: what an older reader gave is not used again
+READER = "reader 3"  # part of the keys of caches: what an older reader gave is not used again
 _FPS = 8.0  # where a source names no rate: CogVideoX's own
 
 # %% ../nbs/12_video.ipynb
@@ -47,6 +46,100 @@ def natural_key(path: str | Path  # file or folder; only its name counts
     "Sort names as people read them: `frame2` before `frame10`."
     parts = re.split(r"(\d+)", Path(path).name.lower())
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), Path(path).name
+
+# %% ../nbs/12_video.ipynb
+_HDR = {16: "PQ", 18: "HLG"}  # transfer
+_WIDE = {9: "BT.2020", 11: "P3", 12: "P3"}  # primaries
+
+
+def _named(transfer: int, primaries: int) -> str:
+    "What colours are, if more than a screen of BT.709 shows; else empty."
+    return _HDR.get(transfer) or _WIDE.get(primaries) or ""
+
+
+def _converted(transfer: int, primaries: int) -> str:  # a note; empty if there is nothing to say
+    "What is done with such colours."
+    how = "tone-mapped" if transfer in _HDR else "converted"
+    name = _named(transfer, primaries)
+    return f"its {name} colours are {how} to BT.709" if name else ""
+
+
+def _hlg(signal: np.ndarray  # 0..1
+         ) -> np.ndarray:  # scene light, 0..1
+    "Inverse OETF of HLG (ITU-R BT.2100)."
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+
+
+def _pq(signal: np.ndarray  # 0..1
+        ) -> np.ndarray:  # cd/m2
+    "EOTF of PQ (SMPTE ST 2084)."
+    m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+    power = signal ** (1 / m2)
+    return 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
+
+
+def _srgb(signal: np.ndarray) -> np.ndarray:
+    "From sRGB's numbers to linear light."
+    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+
+
+def _rolled(x: np.ndarray,  # light, 1: reference white
+            knee: float = 0.75) -> np.ndarray:  # 0..1
+    "The tone curve: what is above the knee approaches 1."
+    u = np.maximum(x - knee, 0) / (1 - knee)
+    return np.where(x <= knee, x, knee + (1 - knee) * u / (1 + u))
+
+# %% ../nbs/12_video.ipynb
+_PRIMARIES = {1: ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)),
+              9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+              12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))}  # x, y of red, green, blue; white is D65
+_PRIMARIES[11] = _PRIMARIES[12]  # cinema's P3, whose white a screen shows as its own
+
+
+def _xyz(primaries: int) -> np.ndarray:  # (3, 3)
+    "Linear RGB to XYZ."
+    def light(x, y): return np.array([x / y, 1, (1 - x - y) / y])
+    columns = np.stack([light(*xy) for xy in _PRIMARIES[primaries]], 1)
+    return columns * np.linalg.solve(columns, light(0.3127, 0.3290))
+
+
+@lru_cache(8)
+def _to_709(primaries: int) -> np.ndarray:  # (3, 3)
+    "Linear RGB of other primaries to linear RGB of BT.709."
+    return np.linalg.solve(_xyz(1), _xyz(primaries))
+
+
+@lru_cache(8)
+def _light(transfer: int) -> tuple[np.ndarray, np.ndarray]:  # 65536 numbers of 16 bits -> light, and back
+    "Tables from numbers to linear light, and from light, 0..1, to 0..255."
+    codes, steps = np.arange(65536) / 65535, np.linspace(0, 1, 65536)
+    gamma = {4: 2.2, 5: 2.8}.get(transfer, 2.4)
+    there, back = codes**gamma, steps ** (1 / gamma)
+    if transfer == 16: there = _pq(codes) / 203
+    if transfer == 18: there = _hlg(codes)
+    if transfer == 13: there, back = _srgb(codes), np.interp(steps, _srgb(codes), codes)
+    return there.astype(np.float32), np.round(255 * back).astype(np.uint8)
+
+# %% ../nbs/12_video.ipynb
+_LUMA = np.array([0.2627, 0.6780, 0.0593], np.float32)  # of BT.2020
+
+
+def _screened(rgb: np.ndarray,  # uint16 (H, W, 3), full range
+              transfer: int, primaries: int  # tags of `_Facts`
+              ) -> np.ndarray:  # uint8 (H, W, 3)
+    "The colours of HDR and wide-gamut pictures on a screen of BT.709."
+    there, back = _light(transfer)
+    change, out = _to_709(primaries).T.astype(np.float32), np.empty(rgb.shape, np.uint8)
+    for top in range(0, len(rgb), 64):  # what a cache holds
+        light = there[rgb[top:top + 64]]
+        if transfer == 18: light *= (1000 / 203) * (light @ _LUMA)[..., None] ** 0.2
+        light = np.maximum(light @ change, 0)
+        if transfer in _HDR:
+            most = np.maximum(light.max(-1, keepdims=True), 1e-6)
+            light *= _rolled(most) / most
+        out[top:top + 64] = back[(np.minimum(light, 1) * 65535 + 0.5).astype(np.uint16)]
+    return out
 
 # %% ../nbs/12_video.ipynb
 def _eight_bit(image: Image.Image  # mode I, I;16 or F
@@ -91,12 +184,67 @@ def _profile(data: bytes,  # an ICC profile
 
 
 def _in_srgb(image: Image.Image,  # mode RGB, L or CMYK
-             data: bytes | None  # its profile
+             data: bytes | None,  # its profile
+             tags: tuple | None  # of `_tags`
              ) -> Image.Image:
-    "The picture with its profile applied; without one, as it is."
+    "The picture with its tags or its profile applied; without any, as it is."
+    if tags:
+        transfer, primaries = tags
+        numbers = np.asarray(image.convert("RGB"), np.uint16) * 257
+        return Image.fromarray(_screened(numbers, transfer, primaries if primaries in _PRIMARIES else 9))
     if not data or image.mode not in _KINDS.values(): return image
     kind, change, _ = _profile(data, image.mode)
     return image if change is None else ImageCms.applyTransform(image.convert(kind), change)
+
+# %% ../nbs/12_video.ipynb
+def _boxes(data: memoryview):  # yields kind, content
+    "The boxes of an ISO file (ISO/IEC 14496-12), one level."
+    while len(data) >= 8:
+        size, head = int.from_bytes(data[:4]), 8
+        if size == 1: size, head = int.from_bytes(data[8:16]), 16
+        if size == 0: size = len(data)
+        if size < head: return
+        yield bytes(data[4:8]), data[head:size]
+        data = data[size:]
+
+
+def _belonging(links: memoryview,  # the box `ipma`
+               main: int  # number of a picture
+               ) -> list[int]:  # numbers of its properties, from 1 on
+    "Which properties a picture of a HEIC or AVIF file has (ISO/IEC 23008-12)."
+    long, step, at = 4 if links[0] else 2, 1 + (links[3] & 1), 8
+    for _ in range(int.from_bytes(links[4:8])):
+        item, count = int.from_bytes(links[at:at + long]), links[at + long]
+        at += long + 1
+        numbers = [int.from_bytes(links[i:i + step]) for i in range(at, at + step * count, step)]
+        if item == main: return [n & (2 ** (8 * step - 1) - 1) for n in numbers]
+        at += step * count
+    return []
+
+
+def _file_tags(data: memoryview  # an image file
+               ) -> tuple[int, int]:  # transfer, primaries; 2: not said
+    "The numbers of colour in AVIF and HEIC (`nclx`, of the main picture) and in PNG (`cICP`)."
+    if data[:4] == b"\x89PNG":
+        head = bytes(data[:2**16]).partition(b"IDAT")[0].partition(b"cICP")[2]
+        return (head[1], head[0]) if len(head) > 1 else (2, 2)
+    about = dict(_boxes(next((body[4:] for kind, body in _boxes(data) if kind == b"meta"), memoryview(b""))))
+    if not {b"iprp", b"pitm"} <= about.keys(): return 2, 2
+    pictures, main = dict(_boxes(about[b"iprp"])), int.from_bytes(about[b"pitm"][4:])
+    properties = list(_boxes(pictures[b"ipco"]))
+    for kind, body in (properties[i - 1] for i in _belonging(pictures[b"ipma"], main) if i):
+        if kind == b"colr" and body[:4] == b"nclx":
+            return int.from_bytes(body[6:8]), int.from_bytes(body[4:6])
+    return 2, 2
+
+
+def _tags(path: Path, image: Image.Image) -> tuple | None:  # transfer, primaries
+    "Numbers of colours that a screen of sRGB does not have; where there is a profile, that counts."
+    if image.format not in ("PNG", "AVIF", "HEIF"): return None
+    if image.format != "PNG" and image.info.get("icc_profile"): return None
+    with open(path, "rb") as file: data = file.read(2**16 if image.format == "PNG" else -1)
+    tags = _file_tags(memoryview(data))
+    return tags if _named(*tags) else None
 
 # %% ../nbs/12_video.ipynb
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -107,7 +255,8 @@ def _see_through(image: Image.Image) -> bool:
     return image.mode in _ALPHA or "transparency" in image.info
 
 
-def _rgb(image: Image.Image  # any mode, orientation flag not yet applied
+def _rgb(image: Image.Image,  # any mode, orientation flag not yet applied
+         tags: tuple | None = None  # of `_tags`
          ) -> np.ndarray:  # uint8 (H, W, 3)
     "Upright sRGB pixels, transparency laid over white."
     image, profile = ImageOps.exif_transpose(image), image.info.get("icc_profile")
@@ -116,11 +265,11 @@ def _rgb(image: Image.Image  # any mode, orientation flag not yet applied
     if _see_through(image):
         clear = image.convert("RGBA")
         colours = image.getchannel("L") if image.mode == "LA" else clear.convert("RGB")
-        image = _in_srgb(colours, profile).convert("RGB")
+        image = _in_srgb(colours, profile, tags).convert("RGB")
         image.putalpha(clear.getchannel("A"))
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     else:
-        image = _in_srgb(image.convert("RGB") if image.mode == "P" else image, profile)
+        image = _in_srgb(image.convert("RGB") if image.mode == "P" else image, profile, tags)
     return np.array(image.convert("RGB"))
 
 # %% ../nbs/12_video.ipynb
@@ -181,11 +330,31 @@ def _heif() -> bool:  # whether HEIC can be read here
     return True
 
 
+_STILLS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1")  # brands of an ISO file
+
+
+def _start(path: Path) -> bytes:  # 32 or fewer
+    "How a file begins; nothing if it cannot be read."
+    try:
+        with open(path, "rb") as file: return file.read(32)
+    except OSError: return b""
+
+
+def _is_film(start: bytes  # 12 of a file
+             ) -> bool:
+    "Whether a file is FFmpeg's, whatever its name says: mp4, mov, HEIC sequences, Matroska, AVI."
+    iso = start[4:8] == b"ftyp" and start[8:12] not in _STILLS and b"avi" not in start
+    return iso or start[:4] == b"\x1aE\xdf\xa3" or start[:4] == b"RIFF" and start[8:12] == b"AVI "
+
+
 def _unknown(path: Path) -> str:
     "Why Pillow does not know a file."
-    with open(path, "rb") as file: start = file.read(32)
-    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-    if start[4:8] == b"ftyp" and start[8:12] in brands:
+    start = _start(path)
+    if not start: return "it is empty"
+    if _is_film(start): return "it is a video; give it the suffix of one"
+    iso = start[4:8] == b"ftyp" and start[8:12] in _STILLS
+    if iso and (_heif() or b"avi" in start): return "it is damaged or cut off"
+    if iso:
         return "it is HEIC, which needs pillow-heif: pip install 'dualreal[heif]', or save it as JPEG"
     return "its content is of no known format"
 
@@ -210,7 +379,7 @@ def read_image(path: str | Path  # an image file of any mode; of an animated one
     "Read one image as a viewer shows it; `InputError` names a file that cannot be read."
     path = Path(path)
     with _reading(path), _picture(path) as image:
-        return _rgb(_small_enough(image))
+        return _rgb(_small_enough(image), _tags(path, image))
 
 
 def read_alpha(path: str | Path  # as for `read_image`
@@ -243,14 +412,16 @@ def _still(path: Path,
            ) -> _Still:
     with _reading(path), _picture(path) as image:
         with Image.open(path) as whole: size, frames = whole.size, getattr(whole, "n_frames", 1)
-        profile, mode = image.info.get("icc_profile"), image.mode
+        profile, mode, tags = image.info.get("icc_profile"), image.mode, _tags(path, image)
         mode = {"P": "RGB", "LA": "L"}.get(mode, "RGB" if mode in _ALPHA else mode)
         mode = "L" if mode[0] in "IF" else mode
-        notes = [_profile(profile, mode)[2]] if profile and mode in _KINDS.values() else []
+        notes = [_profile(profile, mode)[2]] if profile and not tags and mode in _KINDS.values() else []
         less = _halvings(size)
         large = f"{size[0] * size[1] / 1e6:.0f} megapixels are read at 1/{less} of their width"
         if less > 1: notes.append(large)
-        if image.getexif().get(0x0112, 1) > 4: size = size[::-1]
+        if tags: notes.append(_converted(*tags))
+        if _see_through(image): notes.append("what is transparent in it becomes white")
+        if image.getexif().get(0x0112) in (5, 6, 7, 8): size = size[::-1]
         frames = frames if image.format in _MOVING else 1  # of a TIFF or MPO these are other pictures
         return _Still(size[1], size[0], frames, _see_through(image), tuple(note for note in notes if note))
 
@@ -269,8 +440,6 @@ def image_facts(path: str | Path  # as for `read_image`
 
 # %% ../nbs/12_video.ipynb
 _MATRICES = {1: "BT.709", 9: "BT.2020", 10: "BT.2020"}
-_HDR = {16: "PQ", 18: "HLG"}  # transfer
-_WIDE = {9: "BT.2020", 11: "P3", 12: "P3"}  # primaries
 
 
 class _Facts(NamedTuple):
@@ -288,6 +457,8 @@ class _Facts(NamedTuple):
     turn: tuple = (1, 0, 0, 1)  # where right and down of the stored picture point: (x, y) of each
     aspect: Fraction = Fraction(1)  # width of a stored pixel, in its heights
     interlaced: bool = False
+    see_through: bool = False
+    videos: int = 1  # in the file, pictures of the cover not counted
     hidden: int = 0  # stored pictures that an edit list does not show
     seconds: float = 0.0  # length that the header names; 0: none, as in what was sent while it was recorded
     container: str = ""  # as FFmpeg names it
@@ -298,17 +469,22 @@ class _Facts(NamedTuple):
     @property
     def colours(self) -> str:
         "What the colours are, if more than a screen of BT.709 shows; else empty."
-        wide = _WIDE.get(self.primaries) or ("BT.2020" if self.matrix in (9, 10) else "")
-        return _HDR.get(self.transfer) or wide
+        return _named(self.transfer, self.gamut)
+
+    @property
+    def gamut(self) -> int:
+        "The primaries; those of the matrix where they have no tag."
+        return 9 if self.primaries == 2 and self.matrix in (9, 10) else self.primaries
 
     @property
     def notes(self) -> list[str]:
         "What of a clip is not shown as it is stored, and what makes its numbers need care."
         said = ["the frame rate varies: pairs of frames are not equally far apart"] * self.variable
         if self.missing: said.append(f"it lacks {self.missing} frames that its header promises: cut off?")
-        how = "tone-mapped" if self.transfer in _HDR else "converted"
-        if self.colours: said.append(f"its {self.colours} colours are {how} to BT.709")
-        if self.interlaced: said.append("it is interlaced: two moments in a frame, combs where things move")
+        if self.colours: said.append(_converted(self.transfer, self.gamut))
+        if self.interlaced: said.append("it is interlaced: of two moments in a frame, the first is shown")
+        if self.see_through: said.append("what is transparent in it becomes white")
+        if self.videos > 1: said.append(f"it holds {self.videos} videos: one is read, as players choose it")
         return said
 
     @property
@@ -367,84 +543,6 @@ def frame_time(facts: _Facts, number: int) -> float:  # seconds from the first f
     return facts.times[number] if facts.times else number / facts.fps
 
 # %% ../nbs/12_video.ipynb
-def _hlg(signal: np.ndarray  # 0..1
-         ) -> np.ndarray:  # scene light, 0..1
-    "Inverse OETF of HLG (ITU-R BT.2100)."
-    a, b, c = 0.17883277, 0.28466892, 0.55991073
-    return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
-
-
-def _pq(signal: np.ndarray  # 0..1
-        ) -> np.ndarray:  # cd/m2
-    "EOTF of PQ (SMPTE ST 2084)."
-    m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
-    power = signal ** (1 / m2)
-    return 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
-
-
-def _srgb(signal: np.ndarray) -> np.ndarray:
-    "From sRGB's numbers to linear light."
-    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
-
-
-def _rolled(x: np.ndarray,  # light, 1: reference white
-            knee: float = 0.75) -> np.ndarray:  # 0..1
-    "The tone curve: what is above the knee approaches 1."
-    u = np.maximum(x - knee, 0) / (1 - knee)
-    return np.where(x <= knee, x, knee + (1 - knee) * u / (1 + u))
-
-# %% ../nbs/12_video.ipynb
-_PRIMARIES = {1: ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)),
-              9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
-              12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))}  # x, y of red, green, blue; white is D65
-_PRIMARIES[11] = _PRIMARIES[12]  # cinema's P3, whose white a screen shows as its own
-
-
-def _xyz(primaries: int) -> np.ndarray:  # (3, 3)
-    "Linear RGB to XYZ."
-    def light(x, y): return np.array([x / y, 1, (1 - x - y) / y])
-    columns = np.stack([light(*xy) for xy in _PRIMARIES[primaries]], 1)
-    return columns * np.linalg.solve(columns, light(0.3127, 0.3290))
-
-
-@lru_cache(8)
-def _to_709(primaries: int) -> np.ndarray:  # (3, 3)
-    "Linear RGB of other primaries to linear RGB of BT.709."
-    return np.linalg.solve(_xyz(1), _xyz(primaries))
-
-
-@lru_cache(8)
-def _light(transfer: int) -> tuple[np.ndarray, np.ndarray]:  # 65536 numbers of 16 bits -> light; 4097 back
-    "Tables from numbers to linear light, and from light, 0..1, to 0..255."
-    codes, steps = np.arange(65536) / 65535, np.linspace(0, 1, 65536)
-    gamma = {4: 2.2, 5: 2.8}.get(transfer, 2.4)
-    there, back = codes**gamma, steps ** (1 / gamma)
-    if transfer == 16: there = _pq(codes) / 203
-    if transfer == 18: there = _hlg(codes)
-    if transfer == 13: there, back = _srgb(codes), np.interp(steps, _srgb(codes), codes)
-    return there.astype(np.float32), np.round(255 * back).astype(np.uint8)
-
-# %% ../nbs/12_video.ipynb
-_LUMA = np.array([0.2627, 0.6780, 0.0593], np.float32)  # of BT.2020
-
-
-def _screened(rgb: np.ndarray,  # uint16 (H, W, 3), full range
-              transfer: int, primaries: int  # tags of `_Facts`
-              ) -> np.ndarray:  # uint8 (H, W, 3)
-    "The colours of HDR and wide-gamut pictures on a screen of BT.709."
-    there, back = _light(transfer)
-    change, out = _to_709(primaries).T.astype(np.float32), np.empty(rgb.shape, np.uint8)
-    for top in range(0, len(rgb), 64):  # what a cache holds
-        light = there[rgb[top:top + 64]]
-        if transfer == 18: light *= (1000 / 203) * (light @ _LUMA)[..., None] ** 0.2
-        light = np.maximum(light @ change, 0)
-        if transfer in _HDR:
-            most = np.maximum(light.max(-1, keepdims=True), 1e-6)
-            light *= _rolled(most) / most
-        out[top:top + 64] = back[(np.minimum(light, 1) * 65535 + 0.5).astype(np.uint16)]
-    return out
-
-# %% ../nbs/12_video.ipynb
 _MOV = "mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names of containers
 _CONTAINERS = (_MOV, "matroska,webm", "avi")
 _CODECS = ("h264", "hevc", "mpeg4", "mpeg2video", "mjpeg", "msmpeg4", "vp8", "vp9")
@@ -459,13 +557,17 @@ def _not_ordinary(facts: _Facts) -> str:  # empty if decord may read it
     if facts.pixels not in _LAYOUTS: return f"its pixels are {facts.pixels}"
     if facts.colours: return f"its colours are {facts.colours}"
     if facts.height * facts.width > _FRAME: return f"its frames have {facts.width}x{facts.height} pixels"
+    if facts.height % 2 or facts.width % 2: return "its sides are odd"  # its scaler is coarser there
     if not facts.seconds: return "it does not say how long it is"
     if facts.hidden: return f"{facts.hidden} of its pictures are not shown"
     if facts.variable: return "its rate varies"
     if facts.interlaced: return "it is interlaced"
+    if facts.see_through: return "it is transparent in places"
+    if facts.videos > 1: return f"it holds {facts.videos} videos"
     if facts.aspect != 1: return "its pixels are not square"
     a, b, c, d = facts.turn
-    if (a, b, c, d) != (1, 0, 0, 1) and (facts.container != _MOV or a * d - b * c < 0): return "it is turned"
+    plain = facts.container == _MOV and facts.codec != "mjpeg" and "422" not in facts.pixels
+    if (a, b, c, d) != (1, 0, 0, 1) and (not plain or a * d - b * c < 0): return "it is turned"
     return ""
 
 
@@ -492,7 +594,7 @@ class _Walk(NamedTuple):
     "What is in a container."
     times: list  # of pictures that are shown, in ticks; None: unknown
     stored: int  # whole pictures, shown or not
-    end: float  # last moment of any stream, in seconds
+    end: float  # last moment of any stream, in seconds; some headers count from 0, some from the first
     whole: bool  # no packet is incomplete
     first: object  # the first picture, an av frame
 
@@ -506,7 +608,7 @@ def _walk(container,  # an open av container
           stream  # its video
           ) -> _Walk:
     "Go through the packets, and decode until there is a picture."
-    start, end, times, stored, whole, first = (container.start_time or 0) / 1e6, 0.0, [], 0, True, None
+    end, times, stored, whole, first = 0.0, [], 0, True, None
     codec = stream.codec_context.codec.canonical_name
     for packet in container.demux():
         time = packet.dts if packet.pts is None else packet.pts
@@ -516,16 +618,27 @@ def _walk(container,  # an open av container
             if _is_shown(packet, codec): times.append(time)
         if packet.stream is stream and first is None: first = next(iter(packet.decode()), None)
         if time is not None:
-            end = max(end, float((time + (packet.duration or 0)) * packet.time_base) - start)
+            end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
     return _Walk(times, stored, end, whole, first)
 
 # %% ../nbs/12_video.ipynb
+def _beside(frame  # an av frame
+            ) -> dict[str, bytes] | None:
+    "What FFmpeg says beside a picture; None if PyAV has no name for some of it, and so gives none."
+    try: return {item.type.name: bytes(item) for item in frame.side_data}
+    except ValueError: return None
+
+
+_QUARTERS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # against the clock
+
+
 def _turn(frame  # an av frame
           ) -> tuple:  # as in `_Facts`
     "Where right and down of the stored picture point when it is shown, in quarters."
-    data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
-    if data is None: return (1, 0, 0, 1)
-    a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
+    said = _beside(frame)
+    if said is None: return _QUARTERS[round(frame.rotation / 90) * 90 % 360]
+    if "DISPLAYMATRIX" not in said: return (1, 0, 0, 1)
+    a, b, _, c, d, *_ = np.frombuffer(said["DISPLAYMATRIX"], np.int32).tolist()
     if max(abs(a), abs(d)) >= max(abs(b), abs(c)): b = c = 0
     else: a = d = 0
     return tuple(int(np.sign(n)) for n in (a, b, c, d))
@@ -547,12 +660,17 @@ def _square(height: int, width: int,  # as stored
     return (height, round(width * aspect)) if aspect >= 1 else (round(height / aspect), width)
 
 # %% ../nbs/12_video.ipynb
+def _videos(container) -> list:
+    "Videos of an open av container; a picture of the cover is none."
+    return [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+
+
 def _stream(container,  # an open av container
             path: Path):
-    "The video of a container; a picture of the cover is none."
-    streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    "The video that a player shows: what is marked as default, else the best."
+    streams, best = _videos(container), container.streams.best("video")
     if not streams: raise InputError(f"{path} holds no video stream.")
-    return streams[0]
+    return best if best in streams else streams[0]
 
 
 def _promised(path: Path, facts: _Facts, walk: _Walk,
@@ -565,6 +683,30 @@ def _promised(path: Path, facts: _Facts, walk: _Walk,
         raise InputError(f"{path} is cut off: {there}.")
     if not walk.whole:
         raise InputError(f"{path} is damaged or cut off: a part of it is incomplete.")
+
+
+_DOLBY = ("dvhe", "dvh1", "dav1")  # names of codecs
+_CONVERTED = (0, 1, 2, 4, 5, 6, 7, 9, 10)  # colour matrices that are known here
+
+
+def _check_colours(path: Path, frame,  # the first
+                   stream):
+    "`InputError` for what would be shown in wrong colours, such as Dolby Vision without other colours."
+    matrix, dolby = int(frame.colorspace), any(name.startswith("DOVI") for name in _beside(frame) or ())
+    dolby = dolby or stream.codec_context.codec_tag in _DOLBY
+    if dolby and int(frame.color_trc) == 2 and matrix in (2, 15):
+        raise InputError(f"{path} is Dolby Vision without colours for other screens (profile 5): "
+                         "export it as HDR10, HLG or SDR.")
+    if matrix not in _CONVERTED and not frame.format.is_rgb:
+        raise InputError(f"{path} has colours that cannot be converted (matrix {matrix} of ITU-T H.273): "
+                         "export it in BT.709.")
+
+
+def _is_clear(frame, stream) -> bool:
+    "Whether a picture may be transparent; VP8 and VP9 keep that beside it."
+    beside = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1"
+    raw = stream.codec_context.codec.name == "rawvideo"  # 32 bits a pixel: the last 8 are mostly filling
+    return beside or not raw and any(part.is_alpha for part in frame.format.components)
 
 
 def _seen(container, stream, walk: _Walk) -> _Facts:
@@ -581,7 +723,8 @@ def _seen(container, stream, walk: _Walk) -> _Facts:
                   matrix=matrix,
                   missing=max(0, stream.frames - walk.stored), transfer=transfer, primaries=primaries,
                   height=size[0 if turn[0] else 1], width=size[1 if turn[0] else 0], turn=turn, aspect=aspect,
-                  interlaced=bool(frame.interlaced_frame or order > 1), hidden=walk.stored - len(walk.times),
+                  interlaced=bool(frame.interlaced_frame or order > 1), see_through=_is_clear(frame, stream),
+                  videos=len(_videos(container)), hidden=walk.stored - len(walk.times),
                   seconds=(container.duration or 0) / 1e6,
                   container=container.format.name, codec=stream.codec_context.codec.canonical_name)
 
@@ -596,9 +739,11 @@ def _probe(path: Path  # a video file
             stream = _stream(container, path)
             walk = _walk(container, stream)
             if walk.first is None: raise InputError(f"{path} cannot be read as a video: it holds no picture.")
+            _check_colours(path, walk.first, stream)
             facts, promised = _seen(container, stream, walk), stream.frames
     except av.FFmpegError as error:
-        raise InputError(f"{path} cannot be read as a video ({error.strerror}).") from error
+        why = error.strerror if path.stat().st_size else "it is empty"
+        raise InputError(f"{path} cannot be read as a video ({why}).") from error
     _promised(path, facts, walk, promised)
     return facts._replace(reader=_reader(facts, None, path))
 
@@ -630,7 +775,7 @@ def _folder_frames(path: Path,  # a folder of images
 def _moves(path: Path) -> bool:
     "Whether a file is a GIF or another picture that moves, whatever its name says."
     try:
-        with open(path, "rb") as file: start = file.read(32)
+        start = _start(path)
         avif = start[4:8] == b"ftyp" and b"avi" in start[8:]
         if not avif and start[:4] not in (b"GIF8", b"\x89PNG") and start[8:12] != b"WEBP": return False
         if start[:4] == b"GIF8": return True
@@ -667,9 +812,10 @@ def _picture_facts(path: Path) -> _Facts:
     uneven = single and np.ptp(durations) > max(0.1 * np.median(durations), 10)
     timing = _timing((begins / 1000).tolist(), bool(uneven), 1000 / np.mean(durations) if single else 0)
     if not single: timing["fps"] = float(1000 / min(durations))
-    with Image.open(path) as image: size, kind = image.size, image.format.lower()
-    return _Facts(sum(repeats), **timing, height=size[1], width=size[0], container=kind, codec=kind,
-                  reader="Pillow")
+    with Image.open(path) as image: size, kind, tags = image.size, image.format.lower(), _tags(path, image)
+    transfer, primaries = tags or (2, 2)
+    return _Facts(sum(repeats), **timing, transfer=transfer, primaries=primaries, height=size[1],
+                  width=size[0], container=kind, codec=kind, reader="Pillow")
 
 
 def _picture_frames(path: Path,
@@ -678,12 +824,12 @@ def _picture_frames(path: Path,
     "Frames of a file of pictures, at the constant rate of the shortest one."
     numbers, repeats = 0, _repeats(_durations(path))
     with Image.open(path) as image:
-        skipped = image.info.get("default_image", False)
+        skipped, tags = image.info.get("default_image", False), _tags(path, image)
         for i, frame in enumerate(ImageSequence.Iterator(image)):
             if i < skipped: continue
             mine = [n for n in range(numbers, numbers + repeats[i - skipped]) if n in wanted]
             numbers += repeats[i - skipped]
-            if mine: shown = _rgb(frame)
+            if mine: shown = _rgb(frame, tags)
             for n in mine: yield n, shown
 
 # %% ../nbs/12_video.ipynb
@@ -695,13 +841,58 @@ def _shown(frame,  # an av frame
     "A decoded picture as it is shown."
     if facts.colours:
         tags = dict(src_colorspace=9) if facts.matrix in (2, 9, 10) else {}
-        primaries = facts.primaries if facts.primaries in _WIDE else 9
-        pixels = _screened(frame.reformat(format="rgb48le", **tags).to_ndarray(), facts.transfer, primaries)
-    else: pixels = frame.to_ndarray(format="rgb24")
+        primaries = facts.gamut if facts.gamut in _PRIMARIES else 9
+        whole = frame.reformat(format="rgba64le" if facts.see_through else "rgb48le", **tags).to_ndarray()
+        pixels = _screened(whole[..., :3], facts.transfer, primaries)
+        if facts.see_through: pixels = np.dstack([pixels, (whole[..., 3] >> 8).astype(np.uint8)])
+    else: pixels = frame.to_ndarray(format="rgba" if facts.see_through else "rgb24")
+    if facts.see_through: pixels = _rgb(Image.fromarray(pixels))
     size = (facts.height, facts.width) if facts.turn[0] else (facts.width, facts.height)
     if size != pixels.shape[:2]:  # pixels are not square, or the size changes on the way
         pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
     return np.ascontiguousarray(_turned(pixels, facts.turn))
+
+
+def _pulled(graph):  # yields av frames
+    "What a filter has ready."
+    import av
+
+    try:
+        while True: yield graph.pull()
+    except (av.BlockingIOError, av.EOFError): return  # it wants more, or has ended
+
+
+_FLAGGED = ("h264", "hevc", "mpeg2video", "mpeg4", "vc1", "dvvideo", "prores", "dnxhd")  # codecs
+
+
+def _deinterlaced(frames,  # of av
+                  stream  # they are of
+                  ):  # yields av frames, as many
+    "Frames of one moment each, by the flag of each frame where a codec has one, else by the file's word."
+    import av
+
+    told = "interlaced" if stream.codec_context.codec.canonical_name in _FLAGGED else "all"
+    graph = None
+    for frame in chain(frames, [None]):
+        if graph is None:
+            if frame is None: return
+            graph = av.filter.Graph()
+            nodes = graph.add_buffer(template=stream), graph.add("bwdif", f"mode=send_frame:deint={told}")
+            graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+        graph.push(frame)
+        yield from _pulled(graph)
+
+
+def _decoded(container, stream, facts: _Facts):
+    "The pictures of a video, as FFmpeg gives them."
+    import av
+
+    stream.thread_type, stream.thread_count = "AUTO", _THREADS
+    special = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(facts.codec) if facts.see_through else None
+    if not special: return container.decode(stream)
+    decoder = av.CodecContext.create(special, "r")  # FFmpeg's own leaves out what is transparent
+    packets = (packet if packet.size else None for packet in container.demux(stream))
+    return (frame for packet in packets for frame in decoder.decode(packet))
 
 
 def _pyav_frames(path: Path,  # a video file
@@ -714,8 +905,9 @@ def _pyav_frames(path: Path,  # a video file
     try:
         with av.open(str(path)) as container:
             stream = _stream(container, path)
-            stream.thread_type, stream.thread_count = "AUTO", _THREADS
-            for i, frame in enumerate(container.decode(stream)):
+            frames = _decoded(container, stream, facts)
+            if facts.interlaced: frames = _deinterlaced(frames, stream)
+            for i, frame in enumerate(frames):
                 if i in wanted: yield i, _shown(frame, facts)
     except av.FFmpegError as error:
         raise InputError(f"{path} cannot be decoded: PyAV says {error.strerror!r}.") from error
@@ -785,7 +977,8 @@ def is_clip(path: str | Path) -> bool:
     "Whether a path looks like a clip: a video file, pictures that move, a folder of frames."
     path = Path(path)
     if path.is_dir(): return bool(frame_files(path))
-    return path.suffix.lower() in VIDEO_SUFFIXES or (path.suffix.lower() in IMAGE_SUFFIXES and _moves(path))
+    suffix = path.suffix.lower()
+    return suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES and (_moves(path) or _is_film(_start(path)))
 
 
 def _kind(path: Path  # a clip
