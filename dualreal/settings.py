@@ -201,7 +201,8 @@ class TrainConfig:
                                    choices=("float32", "bfloat16", "float16"))
     cache: str | None = option(None, "folder of encoded results", "", "~/.cache/dualreal", same=True)
     resume: bool = option(False, "continue from the newest checkpoint; with more --steps also a finished "
-                          "run: the added steps are a course of their own, warm-up and schedule begin anew",
+                          "run: the added steps are a course of their own, warm-up and schedule begin anew "
+                          "(constant goes on)",
                           same=True)
 
 # %% ../nbs/10_settings.ipynb
