@@ -268,7 +268,7 @@ def _opened(key, source, name, device):
     return _Clip(model, open_clip.get_tokenizer("ViT-B-32-quickgelu"), transform, name, device)
 
 _NO_COTRACKER = ("{}: its code is not here (CC BY-NC 4.0, for non-commercial use): clone "
-                 "https://github.com/facebookresearch/co-tracker as co-tracker in a folder of weights and name "
+                 "https://github.com/facebookresearch/co-tracker as co-tracker in a folder of weights, name "
                  "that with --weights, or follow points along the flow: --tracks flow")
 
 def _published(key, folder, device):

@@ -298,7 +298,7 @@ class ComposeConfig:
     identity: str = option(..., "a run, or an adapter file: its subject is taken", shown="RUN")
     motion: str = option(..., "a run, or an adapter file: its motion is taken", shown="RUN")
     out: str = _like(TrainConfig, "out")
-    steps: int | None = option(None, "in which the controller alone learns; 0: none, no data is needed", "steps",
+    steps: int | None = option(None, "in which the controller alone learns; 0: none, without data", "steps",
                                "a tenth of the subject's training", least=0)
     start: str | None = option(None, "fresh, identity, motion or mean: whose controller is fitted", "",
                                "mean; fresh where a side has none",

@@ -7,7 +7,6 @@ __all__ = ['RECORDED', 'Grid', 'jobs_of', 'joint_run', 'composed_run', 'rows_of'
 
 # %% ../../nbs/46_combine.ipynb
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,13 +52,14 @@ class Grid:
         return self.steps or base_size(find_base(self.base)).training["steps"]
 
     def sources(self, subject, motion) -> tuple: # two pairs: whose identity side, whose motion side
-        "Two runs, neither of this pair: the next motion's with this subject, the next subject's with this motion."
+        "Two other runs: of this subject with the next motion, of the next subject with this motion."
         after = lambda names, one: names[(names.index(one) + 1) % len(names)]
         return (subject, after(self.motions, motion)), (after(self.subjects, subject), motion)
 
 # %% ../../nbs/46_combine.ipynb
 def _job(kind, pair, coupling=None, share=0., start=None, polish=0.):
-    return dict(kind=kind, subject=pair[0], motion=pair[1], coupling=coupling, share=share, start=start, polish=polish)
+    how = dict(coupling=coupling, share=share, start=start, polish=polish)
+    return dict(kind=kind, subject=pair[0], motion=pair[1], **how)
 
 def jobs_of(grid:Grid) -> list: # of dictionaries, in the order in which they are done
     "Everything that a grid asks."
@@ -72,7 +72,8 @@ def jobs_of(grid:Grid) -> list: # of dictionaries, in the order in which they ar
         more = () if coupling == "none" else grid.starts[1:]
         jobs += [_job("composed", p, coupling, grid.shares[1], start) for start in more for p in grid.pairs]
         jobs += [_job("composed", p, coupling, s, begin) for s in grid.shares[2:] for p in grid.pairs]
-        jobs += [_job("composed", p, coupling, grid.shares[1], begin, s) for s in grid.polish for p in grid.pairs]
+        jobs += [_job("composed", p, coupling, grid.shares[1], begin, s) for s in grid.polish
+                 for p in grid.pairs]
     return [dict(t) for t in dict.fromkeys(tuple(j.items()) for j in jobs)]
 
 # %% ../../nbs/46_combine.ipynb
@@ -124,7 +125,8 @@ def _films(grid, work, job, run): # run: a folder, None: the base alone; frames 
     texts = last_words(pipe, [size.negative, *dict.fromkeys(asked)], size.max_tokens, "cpu")
     tile(pipe, size.height, size.width)
     seeds = [1000 * grid.seed + i for i in range(len(asked))]
-    made = generate_all(pipe, asked, seeds, texts, size, adapter and adapter.reference, batch=5, progress=False)
+    reference = adapter and adapter.reference
+    made = generate_all(pipe, asked, seeds, texts, size, reference, batch=5, progress=False)
     return np.stack([one.frames for one in made])
 
 # %% ../../nbs/46_combine.ipynb
@@ -171,8 +173,8 @@ def _result(grid, work, job, key):
     np.save(films, frames)
     found = [known_world().truth(f, *pair) for f in frames]
     sources = grid.sources(*pair) if job["kind"] == "composed" else None
-    return dict(job, key=key, sources=sources, steps=round(job["share"] * grid.whole), rows=found, seconds=seconds,
-                whole=grid.whole, took=time.perf_counter() - start, environment=environment())
+    return dict(job, key=key, sources=sources, steps=round(job["share"] * grid.whole), rows=found,
+                seconds=seconds, whole=grid.whole, took=time.perf_counter() - start, environment=environment())
 
 # %% ../../nbs/46_combine.ipynb
 def _means(rows, column): # pair -> mean
@@ -209,8 +211,9 @@ def _cells(column, base, joint, mine):
     if not shared: return found | {f"{column} kept": "–"}
     clear = gain["low"] is not None and gain["low"] > 0
     s = _share(base, joint, mine) if clear else None
-    said = f"{s['mean']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" if s else "not clear: joint is not above the base"
+    said = "not clear: joint is not above the base"
+    if s: said = f"{s['mean']:.2f} [{s['low']:.2f}, {s['high']:.2f}]"
     return found | {f"{column} kept": said, f"{column} base": f"{np.mean([base[p] for p in shared]):.3f}"}
 
 # %% ../../nbs/46_combine.ipynb
-RECORDED = Grid(("teal_cat", "magenta_bear"), ("swinging", "hopping"), ("one-way", "none"), shares=(0., .1), videos=3)
+RECORDED = Grid(("teal_cat", "magenta_bear"), ("swinging", "hopping"), ("one-way", "none"), (0., .1), videos=3)
