@@ -579,7 +579,7 @@ class _Job:
     def __post_init__(self):
         self.seconds, self.identities, self.decoded = Counter(), {}, 0
         self.pictures = fingerprint(*self.references.images)
-        self.films = [_FOLLOWED, *map(self.kept.key, self.references.clips)] # files: `evaluate` takes no others
+        self.films = [_FOLLOWED, *map(self.kept.key, self.references.clips)] # `evaluate` takes files alone
         self.asked = _OF_FRAMES + _EXTRAS[-2:] * (self.truth is not None)
 
     def key(self, metric, prompt):
