@@ -22,12 +22,14 @@ FIT = 3
 
 @pytest.fixture(scope="module")
 def runs(home):  # noqa: F811
-    "Two short runs of different seeds, and two whose sides were trained alone."
-    alone = dict(coupling="none")
-    for name, how in dict(a={}, b=dict(seed=7), c=alone, d=dict(alone, seed=7)).items():
-        config = settings(home, home / name, **{**dict(steps=4, coupling="one-way", save_every=0), **how})
-        train(config, progress=False)
+    "Two short runs of different seeds."
+    for name, seed in dict(a=42, b=7).items(): short(home, name, seed=seed)
     return home
+
+
+def short(home, name, **more):  # noqa: F811
+    how = dict(steps=4, coupling="one-way", save_every=0)
+    train(settings(home, home / name, **{**how, **more}), progress=False)
 
 
 def asked(home, out, identity="a", motion="b", **more):  # noqa: F811
@@ -92,6 +94,7 @@ def test_polish_moves_the_sides_and_only_at_its_steps(runs):
     assert seen[-1] == {row["dimension"] for row in rows[2:]}
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_where_it_was_stopped(runs):
     config = asked(runs, "halted", steps=4, polish=2)
     with pytest.raises(Interrupted): compose(config, stop_at(3), progress=False)
@@ -103,6 +106,7 @@ def test_a_fit_goes_on_where_it_was_stopped(runs):
     assert compose(replace(config, resume=True), progress=False).parent == runs / "halted"  # nothing to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [0, 2])
 def test_frozen_sides_pass_the_gradient_on_however_memory_is_saved(runs, monkeypatch, streamed):
     "Blocks that are run again, and blocks whose weights come and go: the controller learns the same."
@@ -113,7 +117,9 @@ def test_frozen_sides_pass_the_gradient_on_however_memory_is_saved(runs, monkeyp
     assert alike(runs / f"saving-{streamed}", runs / "fitted")
 
 
+@pytest.mark.slow
 def test_sides_that_were_alone_get_a_fresh_controller(runs):
+    for name, seed in dict(c=42, d=7).items(): short(runs, name, seed=seed, coupling="none")
     one = made(runs, "alone", "c", "d")
     assert one.info["composed"]["start"] == "fresh" and one.training["coupling"] == "mutual"
     assert one.info["composed"]["identity"]["coupling"] == "none" and one.settings["controller"]
@@ -122,6 +128,7 @@ def test_sides_that_were_alone_get_a_fresh_controller(runs):
         made(runs, "not", "c", "d", start="mean")
 
 
+@pytest.mark.slow
 def test_a_bare_file_needs_its_data_named(runs, tmp_path):
     shutil.copy(runs / "a/adapter.safetensors", tmp_path / "bare.safetensors")
     bare = tmp_path / "bare.safetensors"
@@ -167,6 +174,7 @@ def test_one_side_alone_and_other_depths_are_refused(runs, tmp_path):
     with pytest.raises(InputError, match="different transformers"): made(runs, "no", motion=tmp_path / "less")
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_a_run_like_another(runs, tmp_path, capsys):
     "In the shell: composed, made a video with, measured, described, composed again."
     shell = asked(runs, "shell", samples=1)

@@ -79,11 +79,23 @@ def test_points_go_with_the_flow_and_out_of_the_picture():
     sizes = []
     def flow(a, b): sizes.append(a.shape[:2]); return np.broadcast_to(np.float32([3, -2]), (*a.shape[:2], 2))
     flow.name = "known"
-    t = FlowTracker(flow)(np.zeros((5, 40, 50, 3), np.uint8))
+    clip = np.random.default_rng(0).integers(0, 255, (5, 40, 50, 3), np.uint8)
+    t = FlowTracker(flow)(clip)
     assert np.allclose(np.diff(t.points, axis=0), [3, -2]) and set(sizes) == {(48, 64)}
     inside = (t.points >= 0).all(-1) & (t.points <= (49, 39)).all(-1)
     assert np.array_equal(t.seen, np.logical_and.accumulate(inside))
     assert not t.seen[-1].all() and t.seen[0].all()
+
+
+def test_where_nothing_changes_nothing_moves():
+    "Whatever a flow sees in the noise of a file: two levels here; beside it a square that changes."
+    def flow(a, b): return np.ones((*a.shape[:2], 2), np.float32)
+    flow.name = "always"
+    clip = np.full((4, 48, 48, 3), 100, np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None] % 2 * 2
+    clip[::2, :16, :16] = 200
+    moves = np.diff(FlowTracker(flow)(clip).points, axis=0)
+    where = FlowTracker(flow)(clip).points[0]
+    assert not moves[:, (where > 24).any(1)].any() and (moves[0][(where < 12).all(1)] == 1).all()
 
 
 # CoTracker: its code is not here, so a package of the same interface stands in
