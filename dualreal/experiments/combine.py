@@ -16,8 +16,9 @@ import pandas as pd
 
 from ..base import base_size, find_base, sized
 from ..core import environment
-from ..data import joint_prompt, load_case
-from ..evaluate import known_world
+from ..data import joint_prompt, load_case, motion_files
+from ..evaluate import References, known_world
+from ..metrics import fidelities, flow_stride
 from ..settings import ComposeConfig, TrainConfig
 from ..store import Store, fingerprint
 
@@ -167,6 +168,13 @@ def record(grid:Grid, work, out=None, most:int=None # so many jobs, then stop
         done += 1
     return done
 
+def _like_clips(grid, work, pair, frames) -> list: # of dict(motion_fidelity=)
+    from dualreal.encoders import DisFlow, FlowTracker
+    tracker, size = FlowTracker(DisFlow()), base_size(find_base(grid.base))
+    clips = References(clips=motion_files(_case(grid, work, pair)[1])[0]).tracks(tracker)
+    follow = lambda f: fidelities(tracker(f[::flow_stride(size.fps)]), clips)[0]
+    return [dict(motion_fidelity=follow(f)) for f in frames]
+
 def _result(grid, work, job, key):
     start, pair, run = time.perf_counter(), (job["subject"], job["motion"]), None
     if job["kind"] == "joint": run = joint_run(grid, work, job["coupling"], pair)
@@ -176,7 +184,8 @@ def _result(grid, work, job, key):
     films = Path(work)/"videos"/f"{key}.npy"
     films.parent.mkdir(exist_ok=True)
     np.save(films, frames)
-    found = [known_world().truth(f, *pair) for f in frames]
+    like = _like_clips(grid, work, pair, frames)
+    found = [known_world().truth(f, *pair) | one for f, one in zip(frames, like)]
     sources = grid.sources(*pair) if job["kind"] == "composed" else None
     return dict(job, key=key, sources=sources, steps=round(job["share"] * grid.whole), rows=found,
                 seconds=seconds, whole=grid.whole, took=time.perf_counter() - start,
@@ -208,7 +217,8 @@ def _cells(column, base, joint, mine) -> dict:
     return found | {f"{column} kept": f"{share:.2f} [{low:.2f}, {high:.2f}]"}
 
 def table(rows:list, # of `read_rows`
-          columns=("identity", "motion")) -> pd.DataFrame: # a line for each way of composing
+          columns=("identity", "motion", "motion_fidelity")
+         ) -> pd.DataFrame: # a line for each way of composing
     "Scores of joint and composed pairs, and how much of joint's gain over the base is kept."
     def of(kind, **more): return [r for r in rows if all(r[k] == v for k, v in dict(more, kind=kind).items())]
     lines = []
