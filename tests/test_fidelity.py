@@ -132,7 +132,7 @@ def weights(tmp_path, monkeypatch):
 
 
 def test_cotracker_from_a_folder(weights):
-    tracker = encoders._published("tracks", weights, "cpu")
+    tracker = load_encoders("published", weights)["tracks"]
     assert tracker.name == "cotracker3 offline"
     t = tracker(np.full((9, 48, 64, 3), 200, np.uint8))
     assert np.allclose(t.points[-1] - t.points[0], [32, 8]) and t.seen.dtype == bool and t.seen.all()
@@ -142,16 +142,17 @@ def test_cotracker_from_a_folder(weights):
     assert s.values()["motion_fidelity"] == [pytest.approx(1)] * 2
     (weights / "scaled_offline.pth").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be read as cotracker3 offline"):
-        encoders._published("tracks", weights, "cpu")
+        load_encoders("published", weights)
+    (weights / "scaled_offline.pth").unlink()
+    lost = load_encoders("published", weights)["tracks"]  # its code is there, its weights are not
+    assert isinstance(lost, Missing) and "scaled_offline.pth is not there" in lost.why
 
 
 def test_without_cotracker_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    lost = load_encoders("toy", tracks="cotracker")["tracks"]
+    lost = load_encoders("published", tmp_path)["tracks"]
     assert isinstance(lost, Missing) and "--tracks flow" in lost.why and "co-tracker" in lost.why
-    monkeypatch.setattr(encoders, "_find_cotracker", lambda weights: True)
-    lost = encoders._published("tracks", tmp_path, "cpu")  # its code is there, its weights are not
-    assert "scaled_offline.pth is not there" in lost.why
+    assert isinstance(load_encoders("published", flow="dis", tracks="flow")["tracks"], FlowTracker)
     with pytest.raises(InputError, match="neither 'cotracker' nor 'flow'"):
         load_encoders("toy", tracks="raft")
 
