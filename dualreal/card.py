@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData, get_token
 
 from .core import InputError, atomic_path
 from .report import cells, heading, markdown, order, plain, read_report
-from .store import adapter_info, find_adapter, read_record, step_folders
+from .store import adapter_info, find_adapter, parents_of, read_record, step_folders
 from .video import read_video, resize_crop, write_video
 
 # %% ../nbs/50_card.ipynb
@@ -108,7 +108,7 @@ def _facts_section(adapter) -> str: # adapter: of `read_adapter`
     training = {k: v for k, v in adapter.training.items() if k not in {*config, *_QUIET}}
     if encoder := training.get("reference_encoder"): training["reference_encoder"] = _public_name(encoder)[0]
     words = {"the subject's caption": info.get("subject"), "the motion's caption": info.get("motion"),
-             "base": _shown_base(info)[0], "steps done": info.get("steps_done")}
+             "base": _shown_base(info)[0], "steps done": info.get("steps_done"), "composed": parents_of(info)}
     rows = [(k, v) for k, v in {**words, **config, **training}.items() if v is not None]
     lines = "\n".join(f"| {_literal(k.replace('_', ' '))} | {_cell(_code(v))} |" for k, v in rows)
     return f"## Words and settings\n\n| | |\n| --- | --- |\n{lines}\n"
@@ -219,11 +219,12 @@ def _card_text(name:str, # where there are no words
     "All sections."
     info = adapter.info
     words = (info.get("subject"), info.get("motion"))
+    learnt = "of two trainings" if parents_of(info) else "learnt together"
     title = " + ".join(str(w) for w in words if w) or name
     widget = [dict(text=p or "–", output=dict(url=url)) for url, p in samples]
     prompt, base = next((p for _, p in samples if p), title), _code(_shown_base(info)[0])
     parts = (_front_matter(title, info, licence, scores, widget), f"# {_literal(title)}\n",
-             f"A DualReal adapter for {base}: a subject and a motion, learnt together.\n",
+             f"A DualReal adapter for {base}: a subject and a motion, {learnt}.\n",
              _samples_section(samples), _use_section(repo, info, prompt), _facts_section(adapter),
              _scores_section(scores), _rights_section(licence, adapter.reference))
     return "\n".join(filter(None, parts))

@@ -211,7 +211,7 @@ def _step_log(path):
 def _run_compose(config:settings.ComposeConfig):
     "dualreal compose: the subject of one run with the motion of another; only the controller is fitted."
     settings.checked(config)
-    from dualreal.store import adapter_info, check_out, find_adapter
+    from dualreal.store import adapter_info, check_out, find_adapter, parents_of
     for path in (config.identity, config.motion): adapter_info(find_adapter(path))
     if check_out(config.out, config.resume):
         print(f"{config.out}: this run is finished already; nothing to do")
@@ -226,9 +226,9 @@ def _run_compose(config:settings.ComposeConfig):
     if os.environ.get("RANK", "0") != "0": return
     run = json.loads((path.parent/"run.json").read_text(encoding="utf-8"))
     told = run["composed"]
-    sides = " + ".join(f"{side} of {told[side]['run']} ({told[side]['coupling']})" for side in ("identity", "motion"))
-    print(f"sides          {sides}\ncontroller     {told['start']}, {counted(told['steps'], 'step')}"
-          f"{', ' + counted(told['polish'], 'step') + ' of polish' if told['polish'] else ''}\nadapter        {path}")
+    polish = f", {counted(told['polish'], 'step')} of polish" if told["polish"] else ""
+    print(f"sides          {parents_of(run)}\ncontroller     {told['start']}, "
+          f"{counted(told['steps'], 'step')}{polish}\nadapter        {path}")
     if config.samples: print(f"videos         {path.parent/'samples'}")
     if run["words"]["prompts"]: _say_next(path.parent, settings.TrainConfig(**run["config"]))
 
@@ -481,7 +481,7 @@ def _write_sheet(case, folder, config, size, how): # folder: of the base
 def _run_inspect(config:settings.InspectConfig):
     "dualreal inspect: what an adapter file says about itself."
     from dualreal.base import fetch_adapter
-    from dualreal.store import adapter_info
+    from dualreal.store import adapter_info, parents_of
     adapter_info(file := fetch_adapter(config.path))
     _alive()
     from dualreal.checkpoint import read_adapter
@@ -492,6 +492,7 @@ def _run_inspect(config:settings.InspectConfig):
                  tensors=f"{len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
     if family := info.get("transformer", {}).get("family"): facts["family"] = family
     facts |= {k: info[k] for k in ("member", "base", "subject", "motion", "steps_done") if k in info}
+    if parents := parents_of(info): facts["composed"] = parents
     rows = [*facts.items(), *adapter.settings.items()]
     rows.append(("reference", "none" if adapter.reference is None else "stored"))
     said = {"base", *adapter.settings} # above

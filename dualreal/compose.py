@@ -39,7 +39,8 @@ def _controller(tensors): # of all experts
 
 def _sites(tensors, dimension): # site and layer -> shape, the condition's apart
     found = _side(tensors, dimension)
-    return {k.replace(_MARK[dimension], "."): tuple(t.shape) for k, t in found.items() if "condition" not in k}
+    shapes = {k.replace(_MARK[dimension], "."): tuple(t.shape) for k, t in found.items()}
+    return {k: s for k, s in shapes.items() if "condition" not in k}
 
 # %% ../nbs/29_compose.ipynb
 def _known(adapter:Adapter, base) -> dict: # base: what the user says, None: nothing
@@ -67,7 +68,7 @@ def check_pair(identity:Adapter, motion:Adapter, base:str=None): # base: both ar
 
 # %% ../nbs/29_compose.ipynb
 def started(identity:Adapter, motion:Adapter,
-            start:str=None # fresh, identity, motion, mean; None: mean where both have a controller, else fresh
+            start:str=None # fresh, identity, motion, mean; None: mean where both have one, else fresh
            ) -> tuple: # the start, and the controller's tensors; none: a fresh one
     "The controller that is fitted."
     each = dict(identity=_controller(identity.tensors), motion=_controller(motion.tensors))
@@ -89,7 +90,7 @@ def fit_course(run:Run, # before its first step
                polish:int=0 # of its steps, the last ones
               ) -> Course:
     "A course in which the controller learns; the sides only in the last steps, and slowly."
-    course, parts = dual_course(run.pipe, run.config), None
+    course = dual_course(run.pipe, run.config)
     parts, first = course.parts, run.step + run.config.steps - polish
     def focus(dimension):
         if run.step >= first: return course.focus(dimension)
@@ -102,14 +103,15 @@ def fit_course(run:Run, # before its first step
 
 # %% ../nbs/29_compose.ipynb
 _OF_CLIPS = "motion_prompt batch_motion frames fps".split()
-_OF_PICTURES = ("identity_prompt batch_identity lr controller_lr up_lr_ratio motion_ratio weight_decay clip height "
-                "width fit reference_encoder reference_norm sigmas shift expert precision").split()
+_OF_PICTURES = ("identity_prompt batch_identity lr controller_lr up_lr_ratio motion_ratio weight_decay clip "
+                "height width fit reference_encoder reference_norm sigmas shift expert precision").split()
 
 def _noted(adapter:Adapter, dimension:str, given) -> str: # given: a folder that the user names, or None
     "The folder that a side was trained on."
     if given is not None: return str(given)
     what, source = dict(identity="images", motion="clips")[dimension], Path(str(adapter.source))
-    notes = [home/"config.json" for home in (source.parent, source.parent.parent.parent)] # a run's, a preview's
+    homes = source.parent, source.parent.parent.parent # a run's, a preview's
+    notes = [home/"config.json" for home in homes]
     note = next((n for n in notes if n.is_file()), None)
     advice = f"give --{dimension}-data DIR, or --steps 0, which needs no data"
     if note is None: raise InputError(f"{source}: does not say which {what} it was trained on: {advice}")
@@ -138,7 +140,8 @@ def _parent(adapter:Adapter) -> dict:
     "A run, as its child names it."
     source, info, taught = Path(str(adapter.source)), adapter.info, adapter.training
     name = source.resolve().parent.name if source.name == FILE else source.name
-    return dict(run=name, file=fingerprint(source)[:16], subject=info.get("subject"), motion=info.get("motion"),
+    words = {k: info.get(k) for k in ("subject", "motion")}
+    return dict(words, run=name, file=fingerprint(source)[:16],
                 coupling=taught["coupling"], seed=taught.get("seed"), steps=info.get("steps_done"))
 
 _NOTE = "composed.json"
@@ -163,7 +166,7 @@ def _as_it_is(config, identity, motion, tensors, told) -> Path: # the adapter fi
     known = {k: a[k] for k in ("transformer", "member", "generation") if k in a}
     base, coupling = config.base or identity.base, dict.fromkeys(p["coupling"] for p in _parents(told))
     info = dict(words, **known, steps_done=0, composed=told, environment=environment(),
-                config=dict(identity.settings, identity=True, motion=True, controller=bool(_controller(tensors))),
+                config=dict(identity.settings, motion=True, controller=bool(_controller(tensors))),
                 training=dict(identity.info.get("training", {}), coupling=" and ".join(coupling), steps=0,
                               prompts=None), **(dict(base=base) if base else {}))
     adapter = Adapter(tensors, info, identity.reference, config.out)
@@ -174,8 +177,9 @@ def _as_it_is(config, identity, motion, tensors, told) -> Path: # the adapter fi
         path = write_adapter(adapter, config.out)
         write_json(Path(config.out)/_NOTE, told)
         if config.samples: _samples(config, adapter, base, words["prompts"])
-        record = dict(info, adapter=FILE, words=words, files={}, seconds=dict(all=time.perf_counter() - start),
-                      config=_plain_config(config, identity, motion, base), log=[], scores=[], best=None)
+        record = dict(info, adapter=FILE, words=words, files={}, log=[], scores=[], best=None,
+                      seconds=dict(all=time.perf_counter() - start),
+                      config=_plain_config(config, identity, motion, base))
         write_json(Path(config.out)/"run.json", record)
     return path
 
@@ -191,7 +195,8 @@ def _plain_config(config, identity, motion, base) -> dict:
         try: return _noted(adapter, dimension, getattr(config, f"{dimension}_data"))
         except InputError: return None
     data = [folder(d, a) for d, a in _both(identity, motion)]
-    return asdict(TrainConfig(*data, config.out, base or "", steps=0, seed=config.seed, samples=config.samples))
+    how = dict(steps=0, seed=config.seed, samples=config.samples)
+    return asdict(TrainConfig(*data, config.out, base or "", **how))
 
 # %% ../nbs/29_compose.ipynb
 def _samples(config, adapter, base, prompts):
@@ -229,4 +234,5 @@ def compose(config:ComposeConfig,
     if not (config.base or identity.base):
         raise InputError(f"{config.identity}: does not name its base: give --base")
     fit = _fit_config(config, identity, motion, steps + config.polish)
-    return train(fit, on_step, progress, score, partial(_begin, tensors=tensors, told=told, polish=config.polish))
+    begin = partial(_begin, tensors=tensors, told=told, polish=config.polish)
+    return train(fit, on_step, progress, score, begin)

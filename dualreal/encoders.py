@@ -120,9 +120,18 @@ class _RaftFlow:
 # %% ../nbs/31_encoders.ipynb
 _GRID = 16 # points a side
 
+_CHANGE = 4 # grey levels, mean round a point: less is the noise of a camera, or of a file's compression
+
 class FlowTracker:
-    "A grid of points carried along a flow."
-    def __init__(self, flow): self.flow, self.name = flow, f"points along {flow.name}"
+    "A grid of points carried along a flow, wherever something changes."
+    def __init__(self, flow):
+        import cv2
+        self.cv2, self.flow, self.name = cv2, flow, f"points along {flow.name}"
+
+    def _changed(self, a, b): # (H, W, 1), 0 or 1: a flow sees motion in what is flat, too
+        side = max(3, min(a.shape[:2]) // 12 | 1)
+        apart = np.abs(a.astype(np.float32) - b).mean(-1)
+        return (self.cv2.blur(apart, (side, side)) > _CHANGE)[..., None]
 
     def __call__(self, frames) -> Tracks: # uint8 (F, H, W, 3)
         h, w = frames.shape[1:3]
@@ -130,7 +139,8 @@ class FlowTracker:
         at = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
         points, seen = [at], [np.ones(len(at), bool)]
         for a, b in zip(frames, frames[1:]):
-            at = at + _carried(self.flow(*(_multiple(f) for f in (a, b))), at, h, w)
+            flow = self.flow(*(_multiple(f) for f in (a, b)))[:h, :w]
+            at = at + _carried(flow * self._changed(a, b), at, h, w)
             points.append(at)
             seen.append(seen[-1] & ((at >= 0) & (at <= (w - 1, h - 1))).all(1))
         return Tracks(np.stack(points), np.stack(seen), h, w)
@@ -138,7 +148,7 @@ class FlowTracker:
 def _multiple(frame, of=16): # edges repeated right and below
     return np.pad(frame, ((0, -frame.shape[0] % of), (0, -frame.shape[1] % of), (0, 0)), "edge")
 
-def _carried(flow, at, h, w): # (H', W', 2) and places (N, 2) -> moves (N, 2), bilinear
+def _carried(flow, at, h, w): # (H, W, 2) and places (N, 2) -> moves (N, 2), bilinear
     x, y = np.clip(at[:, 0], 0, w - 1.001), np.clip(at[:, 1], 0, h - 1.001)
     i, j = y.astype(int), x.astype(int)
     a, b = (x - j)[:, None], (y - i)[:, None]
@@ -268,7 +278,7 @@ def _opened(key, source, name, device):
     return _Clip(model, open_clip.get_tokenizer("ViT-B-32-quickgelu"), transform, name, device)
 
 _NO_COTRACKER = ("{}: its code is not here (CC BY-NC 4.0, for non-commercial use): clone "
-                 "https://github.com/facebookresearch/co-tracker as co-tracker in a folder of weights and name "
+                 "https://github.com/facebookresearch/co-tracker as co-tracker in a folder of weights, name "
                  "that with --weights, or follow points along the flow: --tracks flow")
 
 def _published(key, folder, device):

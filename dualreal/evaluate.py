@@ -92,8 +92,8 @@ class _Thinned:
 
     def frames(self): # or `Undefined`
         found = np.concatenate(self.kept) if self.kept else ()
-        if len(found) < 2: raise Undefined(f"it needs 2 frames {self.stride} apart, the video has {self.seen}")
-        return found
+        if len(found) > 1: return found
+        raise Undefined(f"it needs 2 frames {self.stride} apart, the video has {self.seen}")
 
 class _Parts(_Pieces):
     "A mean and its count for each metric, from the next frames x (F, H, W, 3)."
@@ -144,7 +144,8 @@ _DEVIATION = "dynamic_degree_deviation" # of a whole video, against the referenc
 _FIDELITY = "motion_fidelity" # of the best clip; `values` has the mean over the clips, too
 _OF_FRAMES = tuple(m for m in METRICS if m != _DEVIATION) # computed as the frames arrive
 _NETWORK = dict(clip_t="clip_t", clip_i="clip_i", dino_i="dino_i", temporal_consistency="clip_i",
-               motion_smoothness="midpoint", dynamic_degree="flow", dynamic_degree_deviation="flow", motion_fidelity="tracks")
+               motion_smoothness="midpoint", dynamic_degree="flow", dynamic_degree_deviation="flow",
+               motion_fidelity="tracks")
 _LEAST = dict(temporal_consistency=2, temporal_flickering=2, motion_smoothness=3, dynamic_degree=2)
 
 class Scorer(_Parts):
@@ -244,9 +245,10 @@ class References:
         import torch  # `Store` keeps tensors
         def make():
             t = _followed(clip, tracker)
-            size = [t.height, t.width] if t else [0, 0]
-            parts = dict(points=t.points, seen=t.seen) if t else dict(points=np.zeros(0), seen=np.zeros(0))
-            return {k: torch.from_numpy(np.asarray(v)) for k, v in parts.items()} | dict(size=torch.tensor(size))
+            none = np.zeros(0)
+            parts = dict(points=t.points, seen=t.seen) if t else dict(points=none, seen=none)
+            parts["size"] = np.array([t.height, t.width] if t else [0, 0])
+            return {k: torch.from_numpy(v) for k, v in parts.items()}
         key = fingerprint("tracks", self.kept.key(clip), *_behind(tracker), _FOLLOWED)
         told = {k: v.numpy() for k, v in self.kept.store.tensors(key, make).items()}
         return Tracks(told["points"], told["seen"], *map(int, told["size"])) if told["size"][0] else None
@@ -577,7 +579,7 @@ class _Job:
     def __post_init__(self):
         self.seconds, self.identities, self.decoded = Counter(), {}, 0
         self.pictures = fingerprint(*self.references.images)
-        self.films = [_FOLLOWED, *(c if isinstance(c, str) else self.kept.key(c) for c in self.references.clips)]
+        self.films = [_FOLLOWED, *map(self.kept.key, self.references.clips)] # `evaluate` takes files alone
         self.asked = _OF_FRAMES + _EXTRAS[-2:] * (self.truth is not None)
 
     def key(self, metric, prompt):

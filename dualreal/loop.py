@@ -217,12 +217,12 @@ class Run:
 # %% ../nbs/25_loop.ipynb
 def schedule_of(optimizer, name:str, # of `TrainConfig.lr_schedule`
                 courses:list, # steps of each, one after the other
-                warmup:int, # steps of the first; of the others at most so many, and a fifth of the course
+                warmup:int, # steps of the first; of the others at most so many and a fifth; constant: none
                 done:int=0 # steps
                ) -> LambdaLR:
     "The learning rates of an optimiser over courses."
     starts = [0, *accumulate(courses)][:-1]
-    ups = [warmup, *(min(warmup, steps // 5) for steps in courses[1:])]
+    ups = [warmup, *(0 if name == "constant" else min(warmup, steps // 5) for steps in courses[1:])]
     factors = [_factor(name, *both) for both in zip(courses, ups)]
     def factor(step):
         i = bisect_right(starts, step) - 1

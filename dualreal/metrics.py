@@ -159,7 +159,8 @@ class Tracks:
 
 _STILL, _STRAY = .005, .05 # of the diagonal: a step, a whole tracklet
 
-def _tracklets(tracks, what): # displacements (F-1, M, 2) in diagonals, and whether they count; still ones left out
+def _tracklets(tracks, what): # displacements (F-1, M, 2) in diagonals, and whether they count
+    "The tracklets that move."
     x, seen = np.asarray(tracks.points, np.float64), np.asarray(tracks.seen, bool)
     if len(x) < 2: raise Undefined(f"{what} has one frame, and nothing moves in one")
     x = x / np.hypot(tracks.height, tracks.width)

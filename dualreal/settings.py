@@ -223,7 +223,8 @@ class TrainConfig:
                                    choices=("float32", "bfloat16", "float16"))
     cache: str | None = option(None, "folder of encoded results", "", "~/.cache/dualreal", same=True)
     resume: bool = option(False, "continue from the newest checkpoint; with more --steps also a finished "
-                          "run: the added steps are a course of their own, warm-up and schedule begin anew",
+                          "run: the added steps are a course of their own, warm-up and schedule begin anew "
+                          "(constant goes on)",
                           same=True)
 
 # %% ../nbs/10_settings.ipynb
@@ -368,7 +369,7 @@ class ComposeConfig:
     identity: str = option(..., "a run, or an adapter file: its subject is taken", shown="RUN")
     motion: str = option(..., "a run, or an adapter file: its motion is taken", shown="RUN")
     out: str = _like(TrainConfig, "out")
-    steps: int | None = option(None, "in which the controller alone learns; 0: none, no data is needed", "steps",
+    steps: int | None = option(None, "in which the controller alone learns; 0: none, without data", "steps",
                                "a tenth of the subject's training", least=0)
     start: str | None = option(None, "fresh, identity, motion or mean: whose controller is fitted", "",
                                "mean; fresh where a side has none",

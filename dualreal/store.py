@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['FILE', 'PICKLES', 'fingerprint', 'check_writable', 'cache_folder', 'Store', 'find_adapter', 'adapter_info',
-           'why_unread', 'step_folders', 'begun', 'check_out', 'own', 'as_begun', 'check_same', 'compare',
+           'why_unread', 'parents_of', 'step_folders', 'begun', 'check_out', 'own', 'as_begun', 'check_same', 'compare',
            'record_path', 'read_record']
 
 # %% ../nbs/11_store.ipynb
@@ -163,12 +163,19 @@ def why_unread(e:Exception) -> str:
 
 def _checked_info(info) -> dict: # what JSON gave
     "The metadata of a file, or `ValueError`: a stranger's may hold anything."
-    kinds = dict(config=dict, training=dict, generation=dict, transformer=dict, base=str)
+    kinds = dict(config=dict, training=dict, generation=dict, transformer=dict, composed=dict, base=str)
     wrong = [k for k, kind in kinds.items() if not isinstance(info.get(k, kind()), kind)]
     size = info.get("generation", {})
     wrong += [k for k, v in size.items() if k not in ("height", "width", "frames") or type(v) is not int]
     if wrong: raise ValueError(f"its metadata are not of a DualReal adapter ({', '.join(wrong)})")
     return dict(info)
+
+# %% ../nbs/11_store.ipynb
+def parents_of(info:dict) -> str|None: # info: metadata, or a run's record; None: it was trained
+    "Whose sides an adapter has, where it was composed."
+    told = info.get("composed")
+    sides = {side: told.get(side) or {} for side in ("identity", "motion")} if told else {}
+    return ", ".join(f"{s} of {one.get('run')} ({one.get('coupling')})" for s, one in sides.items()) or None
 
 # %% ../nbs/11_store.ipynb
 def step_folders(home) -> list[Path]:
