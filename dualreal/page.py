@@ -168,7 +168,7 @@ STYLE = f"""
 .dr .dr-finding.warning {{ color: var(--warn) }} .dr .dr-finding.error {{ color: var(--bad) }}
 .dr .dr-finding.note {{ color: var(--soft) }}
 .dr .dr-card {{ margin: 0; width: 15rem; max-width: 100%; font-size: .8rem; color: var(--soft); line-height: 1.35 }}
-.dr .dr-card > video {{ width: 100%; display: block }} .dr .dr-card b {{ color: var(--ink) }}
+.dr .dr-card > video {{ width: 100%; display: block; cursor: pointer }} .dr .dr-card b {{ color: var(--ink) }}
 .dr .dr-beside {{ display: flex; gap: .3rem; margin: .3rem 0 }}
 .dr .dr-beside img, .dr .dr-beside video {{ height: 2.8rem; width: 2.8rem; object-fit: cover; border-radius: 3px }}
 .dr .dr-scores th {{ text-align: left; font-weight: 400; padding-right: 1rem }} .dr .dr-scores td {{ font-variant-numeric: tabular-nums }}
@@ -190,11 +190,10 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 h2 { font-size: 1.1rem; margin: 0 0 .5rem } p { margin: .3rem 0 }
 @media (min-width: 900px) {
   main { grid-template-columns: minmax(380px, 5fr) 7fr; align-items: start }
-  .dr-results { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto }
-  .dr-live { display: none } }
+  .dr-results { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto } }
 .dr-field { margin: .6rem 0; min-width: 0 } .dr-field > label { font-weight: 600; font-size: .9rem; display: block }
 .dr-field small { color: var(--soft); display: block; font-size: .78rem; line-height: 1.3; margin-top: .15rem }
-.dr-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: 0 1rem; align-items: start }
+.dr-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 44%), 1fr)); gap: 0 1rem; align-items: start }
 input[type=text], input[type=number], select, textarea { width: 100%; font: inherit; font-size: .95rem; padding: .4rem .5rem; color: var(--ink);
   background: var(--ground); border: 1px solid var(--line); border-radius: 6px; min-height: 2.3rem }
 ::placeholder { color: var(--soft); opacity: 1 }
@@ -230,10 +229,10 @@ summary { cursor: pointer; margin: .4rem 0; color: var(--soft) }
 .dr-pair { display: grid; grid-template-columns: repeat(2, 1fr); gap: .6rem } .dr-pair video { width: 100% } .dr-pair figure { margin: 0; font-size: .8rem }
 .dr-compare input { flex: 1 }
 .dr-live { position: sticky; bottom: 0; display: block; padding: .6rem 1rem; background: var(--main); color: #fff; text-decoration: none }
-.dr-live:empty { display: none }
+.dr-live:empty { display: none } @media (min-width: 900px) { .dr-live { display: none } }
 dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--card); color: var(--ink); padding: 1.2rem } ::backdrop { background: #0008 }
 @media (max-width: 899px) { header, main { padding: .8rem } .dr-row { flex-wrap: wrap } .dr-row > input { flex-basis: 100% }
-  .dr-card { width: 100% } .dr-films .dr-card { width: calc(50% - .3rem) } }
+  .dr .dr-card { width: calc(50% - .3rem) } .dr-grid { grid-template-columns: repeat(2, minmax(0, 1fr)) } }
 """
 
 # %% ../nbs/56_page.ipynb
@@ -271,13 +270,16 @@ _LOOK_SCRIPT = """
 function replace(name, html) {
   const at = $(`[data-section="${name}"]`)
   if (!at || shown[name] === html) return
+  if (html.includes('dr-error') && document.activeElement?.dataset.name === 'train.' + name) { delete said.tags[name]; return } // half typed
   const held = at.contains(document.activeElement) ? document.activeElement.outerHTML.slice(0, 200) : null
   const open = $$('details[open] > summary', at).map(e => e.textContent)
   at.innerHTML = shown[name] = html
   for (const d of $$('details', at)) if (open.includes($('summary', d).textContent)) d.open = true
   if (held) $$('button, input, a', at).find(e => e.outerHTML.slice(0, 200) === held)?.focus()
-  if (name === 'gallery') { for (const e of $$('[data-pick]')) e.checked = picked.has(e.dataset.pick) }
-  if (!matchMedia('(prefers-reduced-motion: reduce)').matches) for (const v of $$('video[autoplay]', at)) v.play().catch(() => 0) }
+  for (const e of $$('[data-pick]', at)) e.checked = picked.has(e.dataset.pick)
+  for (const v of $$('video', at)) seen.observe(v) }
+const still = matchMedia('(prefers-reduced-motion: reduce)').matches
+const seen = new IntersectionObserver(all => { if (!still) for (const e of all) e.isIntersecting ? e.target.play().catch(() => 0) : e.target.pause() })
 function fillAdapters(list) {
   const at = $('[data-name="make.adapter"]'), now = at.value, known = [...at.options].map(o => o.value)
   if (JSON.stringify(list.map(a => a[1])) === JSON.stringify(known)) return
@@ -290,8 +292,9 @@ async function look() {
   const wide = Math.round(($('.dr-results').clientWidth || 640) - 50)
   try {
     const answer = await post('/state', { values: values(), width: wide, seen: said.tags || {} })
+    said.tags = answer.tags
     for (const [name, html] of Object.entries(answer.sections)) replace(name, html)
-    said.tags = answer.tags; fillAdapters(answer.adapters)
+    fillAdapters(answer.adapters)
     if (answer.prompt && !touched.has('make.prompt')) set({ 'make.prompt': answer.prompt })
     $('.dr-live').textContent = answer.live; document.title = (answer.live ? answer.live.split(',')[0] + ' · ' : '') + 'dualreal studio'
   } catch (e) { $('.dr-live').textContent = 'The studio does not answer.'; delete said.tags }
@@ -349,7 +352,11 @@ function compare() {
 
 # %% ../nbs/56_page.ipynb
 _EVENT_SCRIPT = """
-document.addEventListener('click', e => { const b = e.target.closest('[data-do]'); if (b) act(b) })
+const toggle = v => v.paused ? v.play() : v.pause()
+document.addEventListener('click', e => { const b = e.target.closest('[data-do]'), v = e.target.closest('.dr-gallery > * > video')
+  if (b) act(b); else if (v) toggle(v) })
+document.addEventListener('keydown', e => { if (e.target.tagName === 'VIDEO' && [' ', 'Enter'].includes(e.key)) { e.preventDefault(); toggle(e.target) } })
+document.addEventListener('focusout', e => { if (e.target.dataset.name) setTimeout(look) })
 document.addEventListener('input', e => { const name = e.target.dataset.name
   if (!name) return
   touched.add(name); dialled(); keep()

@@ -174,7 +174,7 @@ def _job_html(out, job, form) -> str:
         said = alert(in_words_of(form, job["said"]))
         return f'<div class="dr-job">{head}{said}{_button("Take away", "forget", "small", id=job["id"])}</div>'
     button = _button("Stop", "stop", "small", id=job["id"])
-    if job["state"] == "waiting": return f'<div class="dr-job">{head} waits {button}</div>'
+    if job["state"] == "waiting": return f'<div class="dr-job dr-line"><span>{head} waits for the worker</span>{button}</div>'
     if job.get("stopping"): return f'<div class="dr-job">{head} is saving and stopping<progress></progress></div>'
     return f'<div class="dr-job"><div class="dr-line">{head}{button}</div>{_bar_html(desk.told(out, job["id"]))}</div>'
 
@@ -237,7 +237,7 @@ def _curve(folder, count, width):
 
 def _films_html(run, link) -> str:
     "The newest videos of a run."
-    shown = [f'<figure class="dr-card">{_film(p, told["prompt"], link, "autoplay")}<figcaption>{escape(p.parent.name)}: '
+    shown = [f'<figure class="dr-card">{_film(p, told["prompt"], link)}<figcaption>{escape(p.parent.name)}: '
              f'{escape(told["prompt"])}</figcaption></figure>' for p, told in desk.previews_of(run["folder"])]
     return f'<div class="dr-films">{"".join(shown)}</div>'
 
@@ -279,7 +279,7 @@ def _beside_html(run, link) -> str:
     if not given: return ""
     image, clip = given
     moving = clip.suffix.lower() in (".mp4", ".webm")
-    film = _film(clip, "the motion", link, "autoplay") if moving else f'<img alt="the motion" src="{_thumb(clip)}">'
+    film = _film(clip, "the motion", link) if moving else f'<img alt="the motion" src="{_thumb(clip)}">'
     return f'<div class="dr-beside"><img alt="the subject" src="{_thumb(image)}">{film}</div>'
 
 def _video_html(video, link) -> str:
@@ -292,7 +292,7 @@ def _video_html(video, link) -> str:
     pick = f'<label><input type="checkbox" data-pick="{key}"> Compare</label>'
     saves = "".join(f'<a href="{key}?as={kind}" download>{kind}</a>' for kind in ("mp4", "gif"))
     bin_it = _button("Delete", "bin", "quiet small", path=path, ask="Move this video to the bin?")
-    film = _film(path, f"{prompt} ({facts})", link, f'controls data-facts="{escape(prompt)}, {escape(facts)}"')
+    film = _film(path, f"{prompt} ({facts})", link, f'tabindex="0" data-facts="{escape(prompt)}, {escape(facts)}"')
     return (f'<figure class="dr-card">{film}{_beside_html(run, link)}<figcaption><b>{escape(prompt)}</b><br>{escape(facts)}'
             f'</figcaption><div class="dr-line">{pick}<span class="dr-saves">{saves}{bin_it}</span></div></figure>')
 
@@ -372,9 +372,12 @@ def _fits_html(self:Board, values, jobs) -> str:
     "What the planner answered to the values as they are."
     asked = next((job for job in reversed(jobs) if job["kind"] == "fits"), None)
     if asked is None: return ""
-    if asked["state"] in desk.LIVE: return f"<progress></progress><p>{'Waits for the worker' if asked['state'] == 'waiting' else 'Simulating a step'} …</p>"
+    says = dict(waiting="Waits for the worker", running="Simulating a step").get(asked["state"])
+    if says: return f"<progress></progress><p>{says} …</p>"
+    try: same = asked["asked"] == self.planned(values)
+    except InputError: same = False
+    if not same: return "" # another base or memory by now
     if asked["state"] == "failed": return alert(f"No: {in_words_of(self.form, asked['said'])}")
-    if asked["state"] != "done" or asked["asked"].get("memory") != (group(values, "train").get("memory") or None): return ""
     plan = f"<details><summary>The plan</summary><pre>{escape(asked['made']['plan'])}</pre></details>"
     return f'<p class="dr-verdict">{escape(asked["made"]["fits"])}</p>{plan}'
 
@@ -471,10 +474,17 @@ def _make(self:Board, values) -> dict:
         if values.get("make.alone") in (True, "true"): desk.post(self.out, "video", dict(asked, seed=seed, alone=True))
     return {}
 
+def _planned(self:Board, values) -> dict:
+    "What the planner is asked: the settings without the case."
+    case = ("identity", "motion", "identity_prompt", "motion_prompt")
+    said = {k: v for k, v in values.items() if k.removeprefix("train.") not in case}
+    return _said(self.settings(said, identity="", motion=""))
+
+Board.planned = _planned
+
 def _ask_fits(self:Board, values) -> dict:
     "Ask the planner."
-    said = {k: v for k, v in values.items() if k not in ("train.identity", "train.motion")}
-    desk.post(self.out, "fits", _said(self.settings(said, identity="", motion="")))
+    desk.post(self.out, "fits", self.planned(values))
     return {}
 
 # %% ../nbs/55_show.ipynb
