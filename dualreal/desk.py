@@ -57,7 +57,8 @@ def post(out, kind:str, asked:dict) -> int: # kind: of `dualreal.worker`; its nu
     with _alone(out):
         found = jobs_of(out)
         number = max((job["id"] for job in found), default=0) + 1
-        write_json(_job_file(out, number), dict(id=number, kind=kind, asked=asked, state="waiting", posted=time.time()))
+        job = dict(id=number, kind=kind, asked=asked, state="waiting", posted=time.time())
+        write_json(_job_file(out, number), job)
         ended = [job["id"] for job in found if job["state"] not in LIVE]
     for old in ended[:-_KEPT]: forget(out, old)
     return number
@@ -106,7 +107,8 @@ _APART = dict(start_new_session=True) # what happens to the page's process does 
 if os.name == "nt": _APART = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
 
 def _start_worker(out):
-    words = [sys.executable, "-c", "import sys; from dualreal.worker import work; work(sys.argv[1])", str(out)]
+    program = "import sys; from dualreal.worker import work; work(sys.argv[1])"
+    words = [sys.executable, "-c", program, str(out)]
     with (_home(out)/"worker.log").open("a", encoding="utf-8") as log:
         made = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **_APART)
     write_json(_home(out)/"worker.json", dict(pid=made.pid, started=psutil.Process(made.pid).create_time()))
@@ -190,7 +192,8 @@ def open_path(out, path) -> Path:
 def runs_of(out) -> list[dict]: # newest first
     "Name, folder, state, step, total, time and last job of each run."
     last = {job["asked"]["out"]: job for job in jobs_of(out) if job["kind"] == "train"}
-    there = [p.parent for p in Path(out).glob("*/config.json")] + [p for p in opened(out) if (p/"config.json").exists()]
+    there = [p.parent for p in Path(out).glob("*/config.json")]
+    there += [p for p in opened(out) if (p/"config.json").exists()]
     folders = dict.fromkeys([*map(str, there), *last])
     return sorted((_run(Path(p), last.get(p)) for p in folders), key=lambda run: -run["time"])
 
@@ -198,7 +201,7 @@ def _run(folder, job):
     config, rows = read_json(folder/"config.json", {}), read_steps(folder)
     finished = (folder/"run.json").exists()
     state = "finished" if finished else "stopped"
-    if job and (job["state"] in LIVE or not finished): state = dict(done="finished").get(job["state"], job["state"])
+    if job and (job["state"] in LIVE or not finished): state = job["state"].replace("done", "finished")
     total = config.get("steps") or (job or {}).get("asked", {}).get("steps")
     step = rows[-1]["step"] if rows else total if finished else 0
     time = job["posted"] if job else (folder/"config.json").stat().st_mtime
@@ -211,7 +214,8 @@ def case_of(run:dict) -> dict: # of `runs_of`; settings by name
 
 def live_run(runs:list) -> dict|None: # of `runs_of`
     "The run that trains, else the one that waits, else the newest."
-    return next((r for state in ("running", "waiting") for r in runs if r["state"] == state), runs[0] if runs else None)
+    found = (r for state in ("running", "waiting") for r in runs if r["state"] == state)
+    return next(found, runs[0] if runs else None)
 
 # %% ../nbs/53_desk.ipynb
 def adapters_of(out) -> dict: # label -> path
@@ -258,7 +262,8 @@ def upload_folder(out, role:str) -> Path: # role: identity or motion
     "A new folder for uploads."
     wanted = folder = check_writable(Path(out)/"case"/role, "give another folder")
     numbers = itertools.count(2)
-    while folder.exists() and any(folder.iterdir()): folder = wanted.with_name(f"{wanted.name}-{next(numbers)}")
+    while folder.exists() and any(folder.iterdir()):
+        folder = wanted.with_name(f"{wanted.name}-{next(numbers)}")
     return folder
 
 def keep_upload(out, folder, name:str, data) -> Path: # data: bytes, or a file to read from

@@ -61,7 +61,8 @@ def fields_of(cls) -> dict: # name -> `Field`
         told, how = one.metadata, flags[one.name]
         kind, given = _kind(how, told), one.default not in (None, MISSING)
         words = dict(choices=_choices(how, told)) if kind == "choice" else {}
-        form[one.name] = Field(one.name, how["flag"], label_of(one.name, told), how["help"], kind,
+        says = f"off: {how['help']}" if one.default is True else how["help"] # the flag turns it off
+        form[one.name] = Field(one.name, how["flag"], label_of(one.name, told), says, kind,
                                str(one.default) if given else "", suggest=told["suggest"],
                                least=told["least"], most=told["most"], whole=how.get("type") is int, **words)
     return form
@@ -97,7 +98,8 @@ def in_words_of(form:dict, # of `fields_of`
     "A sentence with the form's labels in place of flags and names."
     for field in sorted(form.values(), key=lambda f: -len(f.flag)):
         dashed = field.name.replace("_", "-")
-        text = re.sub(rf"--(no-)?({re.escape(field.flag.lstrip('-'))}|{dashed})(?![\w-])", f"“{field.label}”", text)
+        flag = rf"--(no-)?({re.escape(field.flag.lstrip('-'))}|{dashed})(?![\w-])"
+        text = re.sub(flag, f"“{field.label}”", text)
         text = re.sub(rf"^{field.name}(?=:| [^:]*: give)", field.label, text)
     return text
 

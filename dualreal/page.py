@@ -28,11 +28,11 @@ from .store import check_writable
 from .video import read_video, write_video
 
 # %% ../nbs/56_page.ipynb
-MAIN = dict(train=["identity", "motion", "identity_prompt", "motion_prompt", "base", "steps", "memory", "fps", "fit"],
-            make=["prompt", "seed", "steps"])
-_HIDDEN = dict(train={"out", "resume", "samples", "preview_every"},
-               make={"adapter", "out", "prompts", "videos", "dial", "base", "overwrite", "lora", "reference", "compile", "offload",
-                     "reference_encoder", "reference_norm", "precision", "approximate"})
+MAIN = dict(train="identity motion identity_prompt motion_prompt base steps memory fps fit".split(),
+            make="prompt seed steps".split())
+_HIDDEN = dict(train="out resume samples preview_every".split(), # the studio decides
+               make="""adapter out prompts videos dial base overwrite lora reference reference_encoder
+                       reference_norm compile offload precision approximate""".split())
 
 def advanced(name:str) -> list: # name: train or make; of `Field`
     "The fields that are folded away."
@@ -46,14 +46,17 @@ def _control(field, name, attrs="") -> str:
     if field.kind == "flag": return f'<input type="checkbox" {how} {"checked" * (field.default == "True")}>'
     if field.kind == "lines": return f'<textarea rows="2" {how}></textarea>'
     if field.kind == "choice":
-        options = "".join(f'<option {"selected" * (c == field.default)} value="{c}">{c or "–"}</option>' for c in field.choices)
+        chosen = {c: "selected" * (c == field.default) for c in field.choices}
+        options = "".join(f'<option {on} value="{c}">{c or "–"}</option>' for c, on in chosen.items())
         return f"<select {how}>{options}</select>"
-    kind, more = ("number", f'step="{1 if field.whole else "any"}"') if field.kind == "number" else ("text", "")
+    kind, more = ("number", f'step="{1 if field.whole else "any"}"')
+    if field.kind != "number": kind, more = "text", ""
     bounds = "".join(f' {k}="{v}"' for k, v in (("min", field.least), ("max", field.most)) if v is not None)
     words = "".join(f'<option value="{escape(s)}">' for s in field.suggest)
     listed = f'<datalist id="{name}-words">{words}</datalist>' if words else ""
     if words: more += f' list="{name}-words"'
-    return f'<input type="{kind}" {more}{bounds} value="{escape(field.default)}" {how} autocomplete="off">{listed}'
+    how += f' {more}{bounds} value="{escape(field.default)}" autocomplete="off"'
+    return f'<input type="{kind}" {how}>{listed}'
 
 def _field(field, group, hint=None, attrs="") -> str: # hint: below the field; None: the command's help
     "Label, input and help of a field."
@@ -61,177 +64,234 @@ def _field(field, group, hint=None, attrs="") -> str: # hint: below the field; N
     below = f'<small id="{name}-help">{escape(said)}</small>' if said else ""
     if said: attrs += f' aria-describedby="{name}-help"'
     kind = "dr-field dr-flag" if field.kind == "flag" else "dr-field"
-    return f'<div class="{kind}"><label for="{name}">{field.label}</label>{_control(field, name, attrs)}{below}</div>'
+    label = f'<label for="{name}">{field.label}</label>'
+    return f'<div class="{kind}">{label}{_control(field, name, attrs)}{below}</div>'
 
 # %% ../nbs/56_page.ipynb
-def _folder_field(field, group, kinds, text) -> str: # kinds: that a browser offers
+def _folder_field(field, kinds, text) -> str: # kinds: that a browser offers
     "A folder on this machine, or files to upload; they may be dropped on it."
-    role = field.name
-    upload = f'<label class="dr-button dr-upload">{text}<input type="file" multiple accept="{kinds}" data-upload="{role}"></label>'
-    typed = _control(field, f"{group}.{role}", 'placeholder="a folder on this machine"')
-    row = f'<div class="dr-row">{typed}{upload}</div>'
-    return (f'<div class="dr-field dr-drop" data-drop="{role}"><label for="{group}.{role}">{field.label}</label>{row}'
-            f'<div data-section="{role}"></div></div>')
+    role, name = field.name, f"train.{field.name}"
+    file = f'<input type="file" multiple accept="{kinds}" data-upload="{role}">'
+    typed = _control(field, name, 'placeholder="a folder on this machine"')
+    row = f'<div class="dr-row">{typed}<label class="dr-button dr-upload">{text}{file}</label></div>'
+    label = f'<label for="{name}">{field.label}</label>'
+    seen = f'<div data-section="{role}"></div>'
+    return f'<div class="dr-field dr-drop" data-drop="{role}">{label}{row}{seen}</div>'
+
+_HINTS = dict(identity_prompt='What it is, with a star: "dog *". Empty: the captions in the folder.',
+              motion_prompt='What happens: "a person is dancing". Empty: the captions in the folder.',
+              base="The video model that learns", fps="Take the clips' frames at this rate",
+              fit="Crop or pad pictures of other proportions")
 
 def _case_html(form) -> str:
-    hints = dict(identity_prompt='What it is, with a star: "dog *". Empty: the captions in the folder.',
-                 motion_prompt='What happens: "a person is playing guitar". Empty: the captions in the folder.',
-                 base="The video model that learns", fps="Take the clips' frames at this rate", fit="Crop or pad pictures of other proportions")
-    folders = (_folder_field(form["identity"], "train", "image/*,.heic", "Upload images")
-               + _folder_field(form["motion"], "train", "video/*,.gif", "Upload clips"))
-    words = "".join(_field(form[k], "train", hints[k]) for k in ("identity_prompt", "motion_prompt"))
-    more = "".join(_field(form[k], "train", hints[k]) for k in ("base", "fps", "fit"))
-    return (f'<section><h2>1. Your case</h2><p>Three to six photos of a subject, a few clips of a motion.</p>{folders}{words}'
-            f'<div class="dr-grid">{more}</div><div data-section="findings"></div></section>')
+    def some(*names): return "".join(_field(form[k], "train", _HINTS[k]) for k in names)
+    return f"""<section><h2>1. Your case</h2><p>Three to six photos of a subject, a few clips of a motion.</p>
+{_folder_field(form["identity"], "image/*,.heic", "Upload images")}
+{_folder_field(form["motion"], "video/*,.gif", "Upload clips")}{some("identity_prompt", "motion_prompt")}
+<div class="dr-grid">{some("base", "fps", "fit")}</div><div data-section="findings"></div></section>"""
 
 # %% ../nbs/56_page.ipynb
-_MEMORY = '<option value="">no plan</option><option value="auto">all there is</option>' + "".join(
-    f'<option value="{n}">{n} GB</option>' for n in (12, 16, 24, 40, 80))
-
 def _plain(name, label, control, hint="") -> str:
     small = f"<small>{hint}</small>" if hint else ""
     return f'<div class="dr-field"><label for="{name}">{label}</label>{control}{small}</div>'
 
-def _input(name, kind, value="", more=""): return f'<input id="{name}" data-name="{name}" type="{kind}" value="{value}" {more}>'
+def _input(name, kind, value="", more=""):
+    return f'<input id="{name}" data-name="{name}" type="{kind}" value="{value}" {more}>'
+
+def _big(text, do, kind=""):
+    return f'<button type="button" class="dr-button {kind}" data-do="{do}">{text}</button>'
+
+def _said(names): return f'<div class="dr-said" data-said="{names}"></div>' # where answers to buttons go
 
 def _folded(name) -> str:
     "Advanced settings."
     fields = "".join(_field(f, name) for f in advanced(name))
-    return f'<details class="dr-advanced"><summary>Advanced</summary><div class="dr-grid">{fields}</div></details>'
+    return f'<details><summary>Advanced</summary><div class="dr-grid">{fields}</div></details>'
+
+# %% ../nbs/56_page.ipynb
+_EMPTY = "Empty: as many as the base wants"
+_MEMORY = '<option value="">no plan</option><option value="auto">all there is</option>' + "".join(
+    f'<option value="{n}">{n} GB</option>' for n in (12, 16, 24, 40, 80))
 
 def _train_html(form) -> str:
     memory = f'<select id="train.memory" data-name="train.memory">{_MEMORY}</select>'
-    grid = (_plain("train.name", "Run", _input("train.name", "text", "", 'placeholder="run"'), "Its name; empty: the next free one")
-            + _field(form["steps"], "train", "Empty: as many as the base wants")
-            + _plain("train.previews", "Previews", _input("train.previews", "number", 4, 'min="0" max="100"'), "Videos on the way")
-            + _plain("train.memory", "Memory", memory, "Plan the steps for so much"))
-    buttons = ('<div class="dr-buttons"><button type="button" class="dr-button primary" data-do="start">Start training</button>'
-               '<button type="button" class="dr-button" data-do="fits">Will it fit?</button></div>')
-    return (f'<section><h2>2. Train</h2><div class="dr-grid">{grid}</div>{_folded("train")}{buttons}'
-            '<div class="dr-said" data-said="start example"></div><div class="dr-said" data-said="fits"></div>'
-            '<div data-section="fits"></div></section>')
+    name = _input("train.name", "text", "", 'placeholder="run"')
+    previews = _input("train.previews", "number", 4, 'min="0" max="100"')
+    return f"""<section><h2>2. Train</h2><div class="dr-grid">
+{_plain("train.name", "Run", name, "Its name; empty: the next free one")}
+{_field(form["steps"], "train", _EMPTY)}
+{_plain("train.previews", "Previews", previews, "Videos on the way")}
+{_plain("train.memory", "Memory", memory, "Plan the steps for so much")}</div>{_folded("train")}
+<div class="dr-buttons">{_big("Start training", "start", "primary")}{_big("Will it fit?", "fits")}</div>
+{_said("start example")}{_said("fits")}<div data-section="fits"></div></section>"""
 
 # %% ../nbs/56_page.ipynb
-def _make_html(form) -> str:
-    dial = ('<div class="dr-dial"><span>motion</span>' + _input("make.dial", "range", 0, 'min="-1" max="1" step="0.1"')
-            + '<span>identity</span><output>0</output></div>')
-    grid = (_field(form["seed"], "make", "Another number, another video") + _field(form["steps"], "make", "Empty: as many as the base wants")
-            + _plain("make.videos", "Videos", _input("make.videos", "number", 1, 'min="1" max="16"'), "Seeds counting up"))
-    alone = '<label class="dr-check"><input type="checkbox" data-name="make.alone"> Also by the base alone, to compare</label>'
-    adapter = '<select id="make.adapter" data-name="make.adapter"></select>'
-    opening = ('<div class="dr-row">' + _input("open", "text", "", 'placeholder="a run or an adapter file"')
-               + '<button type="button" class="dr-button" data-do="open">Open</button></div>')
-    return (f'<section><h2>3. Make videos</h2>{_plain("make.adapter", "Adapter", adapter)}{_field(form["prompt"], "make", "")}'
-            f'{_plain("make.dial", "Dial", dial)}<div data-section="dial"></div><div class="dr-grid">{grid}</div>{alone}'
-            f'{_folded("make")}<div class="dr-buttons"><button type="button" class="dr-button primary" data-do="make">Make video</button></div>'
-            f'<div class="dr-said" data-said="make"></div>{_plain("open", "Other file", opening)}<div class="dr-said" data-said="open"></div></section>')
+_DIAL = f"""<div class="dr-dial"><span>motion</span>
+{_input("make.dial", "range", 0, 'min="-1" max="1" step="0.1"')}
+<span>identity</span><output>0</output></div>"""
+_ALONE = '<input type="checkbox" data-name="make.alone"> Also by the base alone, to compare'
 
-_RESULTS = """<div class="dr-results" id="results"><section class="dr-progress" aria-live="polite"><div data-section="now"></div>
-<div class="dr-said" data-said=""></div></section>
+def _make_html(form) -> str:
+    adapter = '<select id="make.adapter" data-name="make.adapter"></select>'
+    videos = _input("make.videos", "number", 1, 'min="1" max="16"')
+    path = _input("open", "text", "", 'placeholder="a run or an adapter file"')
+    opening = f'<div class="dr-row">{path}{_big("Open", "open")}</div>'
+    return f"""<section><h2>3. Make videos</h2>{_plain("make.adapter", "Adapter", adapter)}
+{_field(form["prompt"], "make", "")}{_plain("make.dial", "Dial", _DIAL)}<div data-section="dial"></div>
+<div class="dr-grid">{_field(form["seed"], "make", "Another number, another video")}
+{_field(form["steps"], "make", _EMPTY)}{_plain("make.videos", "Videos", videos, "Seeds counting up")}</div>
+<label class="dr-check">{_ALONE}</label>{_folded("make")}
+<div class="dr-buttons">{_big("Make video", "make", "primary")}</div>{_said("make")}
+{_plain("open", "Other file", opening)}{_said("open")}</section>"""
+
+# %% ../nbs/56_page.ipynb
+_RESULTS = f"""<div class="dr-results" id="results">
+<section class="dr-progress" aria-live="polite"><div data-section="now"></div>{_said("")}</section>
 <section><h2>Runs</h2><div class="dr-runs" role="radiogroup" aria-label="Runs" data-section="runs"></div>
 <div data-section="run"></div><div data-section="curve"></div><div data-section="films"></div></section>
-<section><h2>Gallery</h2><div class="dr-compare" id="compare"></div><div class="dr-gallery" data-section="gallery"></div></section></div>"""
+<section><h2>Gallery</h2><div class="dr-compare" id="compare"></div>
+<div class="dr-gallery" data-section="gallery"></div></section></div>"""
 
 _DOCS = "https://dualreal.github.io/dualreal"
 
 # %% ../nbs/56_page.ipynb
+_HEADER = f"""<header><div><h1>dualreal studio</h1>
+<p>Teach a video model your subject and your motion, then ask it for both at once.</p></div>
+<nav><a href="{_DOCS}" target="_blank" rel="noreferrer">Documentation</a>
+{_big("Try the example", "example", "primary")}</nav></header>"""
+
+_QUESTION = """<dialog id="ask"><p></p><div class="dr-buttons">
+<button class="dr-button primary" value="yes">Yes</button>
+<button class="dr-button" value="no">No</button></div></dialog>"""
+
 def page_html(token:str) -> str: # token: that the script sends with what it asks
     "The page."
     train, make = fields_of(TrainConfig), fields_of(GenerateConfig)
-    head = (f'<header><div><h1>dualreal studio</h1><p>Teach a video model your subject and your motion, then ask it for both at once.</p></div>'
-            f'<nav><a href="{_DOCS}" target="_blank" rel="noreferrer">Documentation</a>'
-            '<button type="button" class="dr-button primary" data-do="example">Try the example</button></nav></header>')
-    form = f'<form class="dr-form" onsubmit="return false">{_case_html(train)}{_train_html(train)}{_make_html(make)}</form>'
-    ask = ('<dialog id="ask"><p></p><div class="dr-buttons"><button class="dr-button primary" value="yes">Yes</button>'
-           '<button class="dr-button" value="no">No</button></div></dialog>')
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>dualreal studio</title><link rel="icon" href="data:,"><style>{STYLE}{_PAGE_STYLE}</style></head><body class="dr" data-token="{token}">'
-            f'{head}<main>{form}{_RESULTS}</main><a class="dr-live" href="#results"></a>{ask}<script>{_SCRIPT}</script></body></html>')
+    form = f"{_case_html(train)}{_train_html(train)}{_make_html(make)}"
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dualreal studio</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>{STYLE}{_PAGE_STYLE}</style></head><body class="dr" data-token="{token}">{_HEADER}
+<main><form class="dr-form" onsubmit="return false">{form}</form>{_RESULTS}</main>
+<a class="dr-live" href="#results"></a>{_QUESTION}<script>{_SCRIPT}</script></body></html>"""
 
 # %% ../nbs/56_page.ipynb
 STYLE = f"""
 .dr {{ --ink: #1c1d22; --soft: #5a5d68; --ground: #f6f6f8; --card: #fff; --line: #d5d7de; --main: #2f5bd0;
-  --bad: #a40e26; --badground: #fdecee; --warn: #7a4b00; --identity: {COLOURS["identity"]}; --motion: {COLOURS["motion"]} }}
-@media (prefers-color-scheme: dark) {{ body.dr {{ --ink: #e9e9ee; --soft: #a5a8b4; --ground: #15161a; --card: #202127;
-  --line: #3b3d47; --main: #4269d6; --bad: #ff9aa8; --badground: #3a1a20; --warn: #f0c070; color-scheme: dark }} }}
+  --bad: #a40e26; --badground: #fdecee; --warn: #7a4b00; --identity: {COLOURS["identity"]};
+  --motion: {COLOURS["motion"]} }}
+@media (prefers-color-scheme: dark) {{ body.dr {{ --ink: #e9e9ee; --soft: #a5a8b4; --ground: #15161a;
+  --card: #202127;
+  --line: #3b3d47; --main: #4269d6; --bad: #ff9aa8; --badground: #3a1a20; --warn: #f0c070;
+  color-scheme: dark }} }}
 .dr img, .dr video {{ max-width: 100% }}
 .dr video {{ background: #000; image-rendering: pixelated; border-radius: 4px }}
 .dr .dr-figure {{ width: 100%; display: block }}
-.dr .dr-error {{ color: var(--bad); background: var(--badground); border-left: 4px solid var(--bad); padding: .5rem .7rem;
+.dr .dr-error {{ color: var(--bad); background: var(--badground); border-left: 4px solid var(--bad);
+  padding: .5rem .7rem;
   border-radius: 4px; overflow-wrap: anywhere }}
 .dr .dr-thumbs, .dr .dr-films, .dr .dr-gallery {{ display: flex; flex-wrap: wrap; gap: .6rem }}
 .dr .dr-thumb {{ margin: 0; width: 5.2rem; font-size: .75rem; overflow-wrap: anywhere; color: var(--soft) }}
 .dr .dr-marked {{ width: 11rem }}
-.dr .dr-thumb img, .dr .dr-thumb .dr-empty {{ width: 5.2rem; height: 4.2rem; object-fit: cover; border-radius: 4px; display: block;
+.dr .dr-thumb img, .dr .dr-thumb .dr-empty {{ width: 5.2rem; height: 4.2rem; object-fit: cover;
+  border-radius: 4px; display: block;
   background: var(--line) }}
 .dr .dr-finding {{ margin: .3rem 0; font-size: .8rem; line-height: 1.35 }}
 .dr .dr-finding.warning {{ color: var(--warn) }} .dr .dr-finding.error {{ color: var(--bad) }}
 .dr .dr-finding.note {{ color: var(--soft) }}
-.dr .dr-card {{ margin: 0; width: 15rem; max-width: 100%; font-size: .8rem; color: var(--soft); line-height: 1.35 }}
-.dr .dr-card > video {{ width: 100%; display: block; cursor: pointer }} .dr .dr-card b {{ color: var(--ink) }}
+.dr .dr-card {{ margin: 0; width: 15rem; max-width: 100%; font-size: .8rem; color: var(--soft);
+  line-height: 1.35 }}
+.dr .dr-card > video {{ width: 100%; display: block; cursor: pointer }} .dr .dr-card b {{
+  color: var(--ink) }}
 .dr .dr-beside {{ display: flex; gap: .3rem; margin: .3rem 0 }}
-.dr .dr-beside img, .dr .dr-beside video {{ height: 2.8rem; width: 2.8rem; object-fit: cover; border-radius: 3px }}
-.dr .dr-scores th {{ text-align: left; font-weight: 400; padding-right: 1rem }} .dr .dr-scores td {{ font-variant-numeric: tabular-nums }}
+.dr .dr-beside img, .dr .dr-beside video {{ height: 2.8rem; width: 2.8rem; object-fit: cover;
+  border-radius: 3px }}
+.dr .dr-scores th {{ text-align: left; font-weight: 400; padding-right: 1rem }} .dr .dr-scores td {{
+  font-variant-numeric: tabular-nums }}
 .dr progress {{ width: 100%; height: .8rem; accent-color: var(--main) }}
-.dr pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem }} .dr code {{ overflow-wrap: anywhere }}
+.dr pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem }} .dr code {{
+  overflow-wrap: anywhere }}
 """
 
 # %% ../nbs/56_page.ipynb
 _PAGE_STYLE = """
-* { box-sizing: border-box } body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; gap: .6rem 2rem; justify-content: space-between; align-items: center; padding: 1rem 1.4rem;
+* { box-sizing: border-box } body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif }
+header { display: flex; flex-wrap: wrap; gap: .6rem 2rem; justify-content: space-between;
+  align-items: center; padding: 1rem 1.4rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
 header h1 { font-size: 1.35rem; margin: 0 } header p { margin: .1rem 0 0; color: var(--soft) }
 nav { display: flex; gap: 1rem; align-items: center } a { color: var(--main) }
 @media (prefers-color-scheme: dark) { a { color: #9db5ff } }
 main { display: grid; gap: 1.2rem; padding: 1.2rem 1.4rem; max-width: 1500px; margin: auto }
 main > * { min-width: 0 }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem; margin-bottom: 1.2rem }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1rem 1.1rem; margin-bottom: 1.2rem }
 h2 { font-size: 1.1rem; margin: 0 0 .5rem } p { margin: .3rem 0 }
 @media (min-width: 900px) {
   main { grid-template-columns: minmax(380px, 5fr) 7fr; align-items: start }
   .dr-results { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto } }
-.dr-field { margin: .6rem 0; min-width: 0 } .dr-field > label { font-weight: 600; font-size: .9rem; display: block }
-.dr-field small { color: var(--soft); display: block; font-size: .78rem; line-height: 1.3; margin-top: .15rem }
-.dr-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 44%), 1fr)); gap: 0 1rem; align-items: start }
-input[type=text], input[type=number], select, textarea { width: 100%; font: inherit; font-size: .95rem; padding: .4rem .5rem; color: var(--ink);
+.dr-field { margin: .6rem 0; min-width: 0 } .dr-field > label { font-weight: 600; font-size: .9rem;
+  display: block }
+.dr-field small { color: var(--soft); display: block; font-size: .78rem; line-height: 1.3;
+  margin-top: .15rem }
+.dr-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10.5rem, 44%), 1fr));
+  gap: 0 1rem; align-items: start }
+input[type=text], input[type=number], select, textarea { width: 100%; font: inherit; font-size: .95rem;
+  padding: .4rem .5rem; color: var(--ink);
   background: var(--ground); border: 1px solid var(--line); border-radius: 6px; min-height: 2.3rem }
 ::placeholder { color: var(--soft); opacity: 1 }
 .dr-row { display: flex; gap: .5rem } .dr-row > input { flex: 1; min-width: 0 }
-.dr-flag { display: flex; flex-wrap: wrap; gap: .2rem .5rem; align-items: center } .dr-flag small { width: 100% }
+.dr-flag { display: flex; flex-wrap: wrap; gap: .2rem .5rem; align-items: center } .dr-flag small {
+  width: 100% }
 .dr-check { display: flex; gap: .5rem; align-items: center; font-size: .9rem; margin: .5rem 0 }
-.dr-button { font: inherit; font-size: .9rem; padding: .4rem .9rem; min-height: 2.3rem; border-radius: 6px; border: 1px solid var(--line);
-  background: var(--card); color: var(--ink); cursor: pointer; white-space: nowrap; display: inline-flex; align-items: center }
-.dr-button:hover { border-color: var(--main) } .dr-button.primary { background: var(--main); border-color: var(--main); color: #fff }
-.dr-button.small { padding: .1rem .5rem; min-height: 1.7rem; font-size: .8rem } .dr-button.quiet { color: var(--soft) }
+.dr-button { font: inherit; font-size: .9rem; padding: .4rem .9rem; min-height: 2.3rem;
+  border-radius: 6px; border: 1px solid var(--line);
+  background: var(--card); color: var(--ink); cursor: pointer; white-space: nowrap; display: inline-flex;
+  align-items: center }
+.dr-button:hover { border-color: var(--main) } .dr-button.primary { background: var(--main);
+  border-color: var(--main); color: #fff }
+.dr-button.small { padding: .1rem .5rem; min-height: 1.7rem; font-size: .8rem } .dr-button.quiet {
+  color: var(--soft) }
 .dr-button:disabled { opacity: .5 } :focus-visible { outline: 3px solid var(--main); outline-offset: 1px }
 .dr-finding .dr-button { white-space: normal; text-align: left }
 .dr-buttons { display: flex; flex-wrap: wrap; gap: .5rem; margin: .7rem 0 }
-.dr-upload { position: relative; overflow: hidden } .dr-upload input { position: absolute; inset: 0; opacity: 0; cursor: pointer; font-size: 0 }
-.dr-upload:focus-within { outline: 3px solid var(--main) } .dr-drop.over { outline: 2px dashed var(--main); border-radius: 6px }
+.dr-upload { position: relative; overflow: hidden } .dr-upload input { position: absolute; inset: 0;
+  opacity: 0; cursor: pointer; font-size: 0 }
+.dr-upload:focus-within { outline: 3px solid var(--main) } .dr-drop.over {
+  outline: 2px dashed var(--main); border-radius: 6px }
 [data-section=identity], [data-section=motion] { margin-top: .5rem } .dr-verdict { font-weight: 600 }
-.dr-dial { display: flex; gap: .6rem; align-items: center; font-size: .85rem } .dr-dial input { flex: 1; min-width: 0; accent-color: var(--main) }
+.dr-dial { display: flex; gap: .6rem; align-items: center; font-size: .85rem } .dr-dial input { flex: 1;
+  min-width: 0; accent-color: var(--main) }
 .dr-dial span:first-child { color: var(--soft) } .dr-dial output { min-width: 2.2rem; text-align: right }
 summary { cursor: pointer; margin: .4rem 0; color: var(--soft) }
 .dr-line { display: flex; justify-content: space-between; gap: .5rem; align-items: center; flex-wrap: wrap }
 .dr-job { margin: .5rem 0 } .dr-where { margin: 0; color: var(--soft); font-size: .9rem }
 .dr-progress:not(:has(b)):not(:has(p)) { display: none }
-.dr-runs { display: flex; gap: .6rem; overflow-x: auto; padding: 3px } .dr-runs:empty::after { content: "None yet. Try the example."; color: var(--soft) }
+.dr-runs { display: flex; gap: .6rem; overflow-x: auto; padding: 3px } .dr-runs:empty::after {
+  content: "None yet. Try the example."; color: var(--soft) }
 .dr-gallery:empty::after { content: "Videos that you make appear here."; color: var(--soft) }
-.dr-run { display: flex; gap: .5rem; align-items: center; border: 1px solid var(--line); border-radius: 8px; padding: .4rem .6rem; flex: none;
-  font-size: .85rem; cursor: pointer } .dr-run:has(:checked) { border-color: var(--main); box-shadow: 0 0 0 1px var(--main) }
-.dr-run img, .dr-run .dr-empty { width: 2.8rem; height: 2.8rem; object-fit: cover; border-radius: 4px; background: var(--line) }
+.dr-run { display: flex; gap: .5rem; align-items: center; border: 1px solid var(--line);
+  border-radius: 8px; padding: .4rem .6rem; flex: none;
+  font-size: .85rem; cursor: pointer } .dr-run:has(:checked) { border-color: var(--main);
+  box-shadow: 0 0 0 1px var(--main) }
+.dr-run img, .dr-run .dr-empty { width: 2.8rem; height: 2.8rem; object-fit: cover; border-radius: 4px;
+  background: var(--line) }
 .dr-run input { accent-color: var(--main) }
 .dr-state { margin-left: .4rem; color: var(--soft) } .dr-state.failed { color: var(--bad) }
 .dr-saves { display: flex; gap: .6rem; align-items: center }
 .dr-card label { display: inline-flex; gap: .3rem; align-items: center; min-height: 1.7rem }
-.dr-compare:not(:empty) { border: 2px solid var(--main); border-radius: 8px; padding: .7rem; margin-bottom: .8rem }
-.dr-pair { display: grid; grid-template-columns: repeat(2, 1fr); gap: .6rem } .dr-pair video { width: 100% } .dr-pair figure { margin: 0; font-size: .8rem }
+.dr-compare:not(:empty) { border: 2px solid var(--main); border-radius: 8px; padding: .7rem;
+  margin-bottom: .8rem }
+.dr-pair { display: grid; grid-template-columns: repeat(2, 1fr); gap: .6rem } .dr-pair video {
+  width: 100% } .dr-pair figure { margin: 0; font-size: .8rem }
 .dr-compare input { flex: 1 }
-.dr-live { position: sticky; bottom: 0; display: block; padding: .6rem 1rem; background: var(--main); color: #fff; text-decoration: none }
+.dr-live { position: sticky; bottom: 0; display: block; padding: .6rem 1rem; background: var(--main);
+  color: #fff; text-decoration: none }
 .dr-live:empty { display: none } @media (min-width: 900px) { .dr-live { display: none } }
-dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--card); color: var(--ink); padding: 1.2rem } ::backdrop { background: #0008 }
-@media (max-width: 899px) { header, main { padding: .8rem } .dr-row { flex-wrap: wrap } .dr-row > input { flex-basis: 100% }
+dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--card); color: var(--ink);
+  padding: 1.2rem } ::backdrop { background: #0008 }
+@media (max-width: 899px) { header, main { padding: .8rem } .dr-row { flex-wrap: wrap } .dr-row > input {
+  flex-basis: 100% }
   .dr .dr-card { width: calc(50% - .3rem) } .dr-grid { grid-template-columns: repeat(2, minmax(0, 1fr)) } }
 """
 
@@ -242,24 +302,28 @@ const said = {}, shown = {}, picked = new Set()
 let run = null, touched = new Set(), timer, asking = false, again = false
 const inputs = () => $$('[data-name]')
 const valueOf = e => e.type === 'checkbox' ? String(e.checked) : e.value
-function values() { const v = Object.fromEntries(inputs().map(e => [e.dataset.name, valueOf(e)])); if (run) v.run = run; return v }
+function values() { const v = Object.fromEntries(inputs().map(e => [e.dataset.name, valueOf(e)]));
+  if (run) v.run = run; return v }
 function set(some) {
   for (const [name, value] of Object.entries(some)) {
     if (name === 'run') { run = value; continue }
     const e = inputs().find(e => e.dataset.name === name)
     if (!e) continue
     if (e.type === 'checkbox') e.checked = ['true', 'True'].includes(value)
-    else { if (e.tagName === 'SELECT' && value && ![...e.options].some(o => o.value === value)) e.add(new Option(value.split('/').pop(), value))
+    else { if (e.tagName === 'SELECT' && value && ![...e.options].some(o =>
+      o.value === value)) e.add(new Option(value.split('/').pop(), value))
       e.value = value }
   }
   dialled(); keep() }
 function keep() { sessionStorage.setItem('dualreal', JSON.stringify(values())) }
 function dialled() { $('.dr-dial output').value = $('[data-name="make.dial"]').value }
-function tell(name, html) { const at = $$('[data-said]').find(e => e.dataset.said.split(' ').includes(name)) || $('[data-said=""]'); at.innerHTML = html }
+function tell(name, html) { const at = $$('[data-said]').find(e =>
+  e.dataset.said.split(' ').includes(name)) || $('[data-said=""]'); at.innerHTML = html }
 const safe = t => { const e = document.createElement('p'); e.textContent = t; return e.innerHTML }
 const alertHtml = t => `<p class="dr-error" role="alert">${safe(t)}</p>`
 async function post(path, body) {
-  const how = { method: 'POST', body: JSON.stringify(body), headers: { 'X-Dualreal': document.body.dataset.token } }
+  const how = { method: 'POST', body: JSON.stringify(body), headers: {
+    'X-Dualreal': document.body.dataset.token } }
   const answer = await fetch(path, how)
   if (answer.status === 403) location.reload() // another server answers by now
   return answer.json() }
@@ -270,7 +334,8 @@ _LOOK_SCRIPT = """
 function replace(name, html) {
   const at = $(`[data-section="${name}"]`)
   if (!at || shown[name] === html) return
-  if (html.includes('dr-error') && document.activeElement?.dataset.name === 'train.' + name) { delete said.tags[name]; return } // half typed
+  if (html.includes('dr-error') && document.activeElement?.dataset.name === 'train.' + name) {
+    delete said.tags[name]; return } // half typed
   const held = at.contains(document.activeElement) ? document.activeElement.outerHTML.slice(0, 200) : null
   const open = $$('details[open] > summary', at).map(e => e.textContent)
   at.innerHTML = shown[name] = html
@@ -279,13 +344,15 @@ function replace(name, html) {
   for (const e of $$('[data-pick]', at)) e.checked = picked.has(e.dataset.pick)
   for (const v of $$('video', at)) seen.observe(v) }
 const still = matchMedia('(prefers-reduced-motion: reduce)').matches
-const seen = new IntersectionObserver(all => { if (!still) for (const e of all) e.isIntersecting ? e.target.play().catch(() => 0) : e.target.pause() })
+const seen = new IntersectionObserver(all => { if (!still) for (const e of all) e.isIntersecting ?
+  e.target.play().catch(() => 0) : e.target.pause() })
 function fillAdapters(list) {
   const at = $('[data-name="make.adapter"]'), now = at.value, known = [...at.options].map(o => o.value)
   if (JSON.stringify(list.map(a => a[1])) === JSON.stringify(known)) return
   const fresh = list.find(a => a[2] && !known.includes(a[1]))
   at.replaceChildren(...list.map(a => new Option(a[0], a[1])))
-  at.value = list.some(a => a[1] === now) && !(fresh && known.length) ? now : (fresh || list[0] || [0, ''])[1] }
+  at.value = list.some(a => a[1] === now) && !(fresh && known.length) ? now : (fresh || list[0] || [0,
+    ''])[1] }
 async function look() {
   if (asking) { again = true; return }
   asking = true; clearTimeout(timer)
@@ -296,7 +363,8 @@ async function look() {
     for (const [name, html] of Object.entries(answer.sections)) replace(name, html)
     fillAdapters(answer.adapters)
     if (answer.prompt && !touched.has('make.prompt')) set({ 'make.prompt': answer.prompt })
-    $('.dr-live').textContent = answer.live; document.title = (answer.live ? answer.live.split(',')[0] + ' · ' : '') + 'dualreal studio'
+    $('.dr-live').textContent = answer.live; document.title = (answer.live ? answer.live.split(',')[0] +
+      ' · ' : '') + 'dualreal studio'
   } catch (e) { $('.dr-live').textContent = 'The studio does not answer.'; delete said.tags }
   asking = false
   if (again) { again = false; return look() }
@@ -306,7 +374,8 @@ async function look() {
 # %% ../nbs/56_page.ipynb
 _DO_SCRIPT = """
 function question(text) { const box = $('#ask'); $('p', box).textContent = text; box.showModal()
-  return new Promise(done => { for (const b of $$('button', box)) b.onclick = () => { box.close(); done(b.value === 'yes') }
+  return new Promise(done => { for (const b of $$('button', box)) b.onclick = () => { box.close();
+    done(b.value === 'yes') }
     box.oncancel = () => done(false) }) }
 async function act(button) {
   const { do: name, ask, values: some, ...data } = button.dataset
@@ -321,31 +390,42 @@ async function upload(role, files) {
   const at = $(`[data-section="${role}"]`)
   let folder = '', count = 0
   for (const file of files) {
-    at.innerHTML = `<progress max="${files.length}" value="${count++}"></progress><p>Uploading ${safe(file.name)}</p>`
+    at.innerHTML = `<progress max="${files.length}" value="${count++}"></progress>` +
+      `<p>Uploading ${safe(file.name)}</p>`
     const where = new URLSearchParams({ role, folder, name: file.name })
-    const answer = await (await fetch('/upload?' + where, { method: 'POST', body: file, headers: { 'X-Dualreal': document.body.dataset.token } })).json()
+    const answer = await (await fetch('/upload?' + where, { method: 'POST', body: file, headers: {
+      'X-Dualreal': document.body.dataset.token } })).json()
     if (answer.error) { at.innerHTML = alertHtml(answer.error); shown[role] = ''; return }
     folder = answer.folder }
   delete shown[role]; said.tags = {}
   if (folder) set({ ['train.' + role]: folder })
   look() }
 function compare() {
-  const at = $('#compare'), chosen = $$('[data-pick]').filter(e => picked.has(e.dataset.pick)).map(e => $('video', e.closest('figure')))
+  const at = $('#compare'), chosen = $$('[data-pick]').filter(e => picked.has(e.dataset.pick)).map(e =>
+    $('video', e.closest('figure')))
   if (chosen.length < 2) { at.replaceChildren(); return }
-  at.innerHTML = '<div class="dr-line"><b>In step</b><button type="button" class="dr-button small" data-play>Pause</button>' +
-    '<input type="range" aria-label="Time" min="0" max="1" step="0.001" value="0"><button type="button" class="dr-button small" data-none>Close</button></div><div class="dr-pair"></div>'
-  for (const v of chosen.slice(0, 4)) { const f = document.createElement('figure'), c = document.createElement('video')
-    c.src = v.src; c.muted = c.loop = c.playsInline = true; c.setAttribute('aria-label', v.getAttribute('aria-label'))
+  at.innerHTML = '<div class="dr-line"><b>In step</b>' +
+    '<button type="button" class="dr-button small" data-play>Pause</button>' +
+    '<input type="range" aria-label="Time" min="0" max="1" step="0.001" value="0">' +
+    '<button type="button" class="dr-button small" data-none>Close</button></div><div class="dr-pair"></div>'
+  for (const v of chosen.slice(0, 4)) { const f = document.createElement('figure'),
+    c = document.createElement('video')
+    c.src = v.src; c.muted = c.loop = c.playsInline = true; c.setAttribute('aria-label',
+      v.getAttribute('aria-label'))
     f.append(c, v.dataset.facts); $('.dr-pair', at).append(f) }
   const films = $$('video', at), range = $('input', at), play = $('[data-play]', at)
-  const running = on => { play.textContent = on ? 'Pause' : 'Play'; for (const v of films) on ? v.play().catch(() => 0) : v.pause() }
+  const running = on => { play.textContent = on ? 'Pause' : 'Play'; for (const v of films) on ?
+    v.play().catch(() => 0) : v.pause() }
   play.onclick = () => running(films[0].paused)
-  range.oninput = () => { running(false); for (const v of films) v.currentTime = range.value * (v.duration || 0) }
-  $('[data-none]', at).onclick = () => { picked.clear(); for (const e of $$('[data-pick]')) e.checked = false; compare() }
+  range.oninput = () => { running(false);
+    for (const v of films) v.currentTime = range.value * (v.duration || 0) }
+  $('[data-none]', at).onclick = () => { picked.clear();
+    for (const e of $$('[data-pick]')) e.checked = false; compare() }
   const step = () => { if (!films[0].isConnected) return
     const t = films[0].currentTime
     if (!films[0].paused) { range.value = t / (films[0].duration || 1)
-      for (const v of films.slice(1)) if (Math.abs(v.currentTime - t) > .06 && !v.seeking) v.currentTime = t }
+      for (const v of films.slice(1)) if (Math.abs(v.currentTime - t) > .06 &&
+        !v.seeking) v.currentTime = t }
     requestAnimationFrame(step) }
   running(true); step() }
 """
@@ -353,9 +433,11 @@ function compare() {
 # %% ../nbs/56_page.ipynb
 _EVENT_SCRIPT = """
 const toggle = v => v.paused ? v.play() : v.pause()
-document.addEventListener('click', e => { const b = e.target.closest('[data-do]'), v = e.target.closest('.dr-gallery > * > video')
+document.addEventListener('click', e => { const b = e.target.closest('[data-do]'),
+  v = e.target.closest('.dr-gallery > * > video')
   if (b) act(b); else if (v) toggle(v) })
-document.addEventListener('keydown', e => { if (e.target.tagName === 'VIDEO' && [' ', 'Enter'].includes(e.key)) { e.preventDefault(); toggle(e.target) } })
+document.addEventListener('keydown', e => { if (e.target.tagName === 'VIDEO' && [' ',
+  'Enter'].includes(e.key)) { e.preventDefault(); toggle(e.target) } })
 document.addEventListener('focusout', e => { if (e.target.dataset.name) setTimeout(look) })
 document.addEventListener('input', e => { const name = e.target.dataset.name
   if (!name) return
@@ -373,7 +455,8 @@ document.addEventListener('change', e => { const t = e.target
 for (const at of $$('[data-drop]')) {
   at.ondragover = e => { e.preventDefault(); at.classList.add('over') }
   at.ondragleave = () => at.classList.remove('over')
-  at.ondrop = e => { e.preventDefault(); at.classList.remove('over'); upload(at.dataset.drop, [...e.dataTransfer.files]) } }
+  at.ondrop = e => { e.preventDefault(); at.classList.remove('over'); upload(at.dataset.drop,
+    [...e.dataTransfer.files]) } }
 document.addEventListener('visibilitychange', () => document.hidden || look())
 const before = JSON.parse(sessionStorage.getItem('dualreal') || 'null')
 if (before && before['make.prompt']) touched.add('make.prompt')
@@ -429,15 +512,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, data:bytes, kind="application/json", **headers):
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": len(data), "Cache-Control": "no-store", **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
+        headers |= dict(Content_Type=kind, Content_Length=len(data), Cache_Control="no-store")
+        for name, value in headers.items(): self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD": self.wfile.write(data)
 
     def refused(self) -> bool:
         "Whether this did not come from a page of this server."
-        known = self.headers.get("Host") in self.server.hosts()
-        if known and (self.command != "POST" or self.headers.get("X-Dualreal") == self.server.token): return False
+        known, token = self.headers.get("Host") in self.server.hosts(), self.headers.get("X-Dualreal")
+        if known and (self.command != "POST" or token == self.server.token): return False
         self.close_connection = True
         self.answer(HTTPStatus.FORBIDDEN, b"{}")
         return True
@@ -445,7 +528,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.refused(): return
         url = urlsplit(self.path)
-        if url.path == "/": return self.answer(HTTPStatus.OK, page_html(self.server.token).encode(), "text/html; charset=utf-8")
+        if url.path == "/":
+            html = page_html(self.server.token).encode()
+            return self.answer(HTTPStatus.OK, html, "text/html; charset=utf-8")
         path = self.server.files.get(url.path.split("/")[2]) if url.path.startswith("/file/") else None
         if path is None or not path.is_file(): return self.answer(HTTPStatus.NOT_FOUND, b"{}")
         if parse_qs(url.query).get("as") == ["gif"]: path = _as_gif(path)
@@ -489,7 +574,8 @@ def _uploaded(handler, query) -> dict:
 def _as_gif(path) -> Path:
     "The GIF of a video, made once."
     target = path.with_suffix(".gif")
-    if not target.exists() or target.stat().st_mtime < path.stat().st_mtime: write_video(target, *read_video(path))
+    if not target.exists() or target.stat().st_mtime < path.stat().st_mtime:
+        write_video(target, *read_video(path))
     return target
 
 def _send_file(handler, path):
@@ -498,12 +584,14 @@ def _send_file(handler, path):
     first, last, status, more = 0, size - 1, HTTPStatus.OK, {}
     if said.startswith("bytes=") and size:
         begin, _, end = said.removeprefix("bytes=").partition("-")
-        first, last = (int(begin), min(int(end or size - 1), size - 1)) if begin else (max(0, size - int(end)), size - 1)
+        first = int(begin) if begin else max(0, size - int(end))
+        if begin and end: last = min(int(end), last)
         status, more = HTTPStatus.PARTIAL_CONTENT, dict(Content_Range=f"bytes {first}-{last}/{size}")
     with path.open("rb") as file:
         file.seek(first)
         data = file.read(last - first + 1)
-    handler.answer(status, data, guess_type(path.name)[0] or "application/octet-stream", Accept_Ranges="bytes", **more)
+    kind = guess_type(path.name)[0] or "application/octet-stream"
+    handler.answer(status, data, kind, Accept_Ranges="bytes", **more)
 
 # %% ../nbs/56_page.ipynb
 def serve(out=StudioConfig.out,        # folder of uploads, runs and videos
@@ -513,7 +601,8 @@ def serve(out=StudioConfig.out,        # folder of uploads, runs and videos
     "Serve the studio on this machine only, until Ctrl-C or SIGTERM."
     check_writable(out, "give another --out folder")
     try: server = Server(out, port)
-    except OSError as e: raise InputError(f"--port {port}: cannot be used ({e.strerror}); give another") from e
+    except OSError as e:
+        raise InputError(f"--port {port}: cannot be used ({e.strerror}); give another") from e
     url = f"http://127.0.0.1:{server.server_port}/"
     def end(number, frame): threading.Thread(target=server.shutdown).start()
     for one in (signal.SIGTERM, signal.SIGINT): signal.signal(one, end)

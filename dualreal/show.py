@@ -42,7 +42,8 @@ def _figure_html(draw, says:str, width:int, height:int) -> str: # draw: makes a 
     "HTML of a figure, drawn for a width: its letters keep their size."
     from matplotlib.pyplot import close, rc_context
     buffer, grey = BytesIO(), "#777777"
-    colours = {k: grey for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    coloured = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color"
+    colours = dict.fromkeys(coloured.split(), grey)
     with _DRAWING, rc_context(colours):
         figure = draw()
         figure.set_size_inches(width / 100, height / 100)
@@ -123,13 +124,17 @@ def check(config:TrainConfig) -> dict: # of `check_case`
     shape = [getattr(config, k) or getattr(size, k) for k in ("height", "width", "frames")]
     return check_case(case, *shape, fps=config.fps, fit=config.fit, step=size.clip_step)
 
+def _still_html(picture, says="") -> str: # picture: address
+    return f'<img alt="{escape(says)}" src="{picture}">' if picture else '<span class="dr-empty"></span>'
+
 def _thumbs(files) -> list: return [_thumb(p) for p in files[:_SHOWN]]
 
 def _finding_html(finding, form) -> str:
     "What was found, and a button where it mends it."
     fix = fix_of(form, finding)
     words = " and ".join(f"{form[k].label}: {v}" for k, v in fix.items())
-    button = _button(f"Set {words}", "set", "small", values=json.dumps({f"train.{k}": v for k, v in fix.items()}))
+    values = json.dumps({f"train.{k}": v for k, v in fix.items()})
+    button = _button(f"Set {words}", "set", "small", values=values)
     said = in_words_of(form, f"{finding['text']} Fix: {finding['fix']}.")
     return f'<p class="dr-finding {finding["level"]}">{escape(said)} {button if fix else ""}</p>'
 
@@ -139,11 +144,12 @@ def _thumbs_html(files, pictures, findings, form, bin_of) -> str: # pictures: ad
     shown = []
     for path, picture in zip(files[:_SHOWN], pictures or [None] * len(files)):
         about = [f for f in findings if f["where"] == str(path)]
-        image = f'<img alt="{escape(path.name)}" src="{picture}">' if picture else '<span class="dr-empty"></span>'
+        image, name = _still_html(picture, path.name), escape(path.name)
         said = "".join(_finding_html(f, form) for f in about)
-        if about and bin_of(path): said += _button("Leave it out", "bin", "small", path=path, ask=f"Move {path.name} to the bin?")
+        ask = f"Move {path.name} to the bin?"
+        if about and bin_of(path): said += _button("Leave it out", "bin", "small", path=path, ask=ask)
         kind = "dr-thumb dr-marked" if about else "dr-thumb"
-        shown.append(f'<figure class="{kind}">{image}<figcaption>{escape(path.name)}</figcaption>{said}</figure>')
+        shown.append(f'<figure class="{kind}">{image}<figcaption>{name}</figcaption>{said}</figure>')
     more = len(files) - _SHOWN
     return f'<div class="dr-thumbs">{"".join(shown)}</div>' + (f"<p>and {more} more</p>" if more > 0 else "")
 
@@ -172,11 +178,14 @@ def _job_html(out, job, form) -> str:
     head = f'<b>{escape(_title(job))}</b>'
     if job["state"] == "failed":
         said = alert(in_words_of(form, job["said"]))
-        return f'<div class="dr-job">{head}{said}{_button("Take away", "forget", "small", id=job["id"])}</div>'
+        button = _button("Take away", "forget", "small", id=job["id"])
+        return f'<div class="dr-job">{head}{said}{button}</div>'
     button = _button("Stop", "stop", "small", id=job["id"])
-    if job["state"] == "waiting": return f'<div class="dr-job dr-line"><span>{head} waits for the worker</span>{button}</div>'
-    if job.get("stopping"): return f'<div class="dr-job">{head} is saving and stopping<progress></progress></div>'
-    return f'<div class="dr-job"><div class="dr-line">{head}{button}</div>{_bar_html(desk.told(out, job["id"]))}</div>'
+    if job["state"] == "waiting":
+        return f'<div class="dr-job dr-line"><span>{head} waits for the worker</span>{button}</div>'
+    bar = _bar_html(desk.told(out, job["id"]))
+    if job.get("stopping"): button, bar = " is saving and stopping", "<progress></progress>"
+    return f'<div class="dr-job"><div class="dr-line">{head}{button}</div>{bar}</div>'
 
 # %% ../nbs/55_show.ipynb
 def _still(run) -> str: # address
@@ -188,12 +197,12 @@ def _still(run) -> str: # address
 
 def _run_row(run, chosen) -> str: # chosen: name of a run
     "A run in the list."
-    picture = _still(run)
-    image = f'<img alt="" src="{picture}">' if picture else '<span class="dr-empty"></span>'
+    image, state, folder = _still_html(_still(run)), run["state"], str(run["folder"])
     step = f"step {run['step']} of {run['total']}" if run["total"] else f"step {run['step']}"
-    words = f'<span><b>{escape(run["name"])}</b><span class="dr-state {run["state"]}">{run["state"]}</span><br>{step}</span>'
-    pick = f'<input type="radio" name="run" value="{escape(str(run["folder"]))}" {"checked" * (str(run["folder"]) == chosen)}>'
-    return f'<label class="dr-run">{pick}{image}{words}</label>'
+    words = f'<b>{escape(run["name"])}</b><span class="dr-state {state}">{state}</span><br>{step}'
+    checked = "checked" * (folder == chosen)
+    pick = f'<input type="radio" name="run" value="{escape(folder)}" {checked}>'
+    return f'<label class="dr-run">{pick}{image}<span>{words}</span></label>'
 
 def _run_buttons(run, studio) -> str: # studio: its folder
     "What can be done with a run."
@@ -217,12 +226,14 @@ def _scores_html(run) -> str:
 
 def _run_html(run, out, jobs, link) -> str:
     "The chosen run: where it stands, what can be done, where its files are."
-    said = {"finished": "Finished.", "stopped": "Stopped; Resume goes on from the last checkpoint.",
-            "failed": "It failed; the message is above. Resume goes on from the last checkpoint."}.get(run["state"], "")
+    more = "Resume goes on from the last checkpoint."
+    says = dict(finished="Finished.", stopped=f"Stopped. {more}", failed=f"It failed. {more}")
+    said = says.get(run["state"], "")
     zips = [job["made"]["zip"] for job in jobs if job["kind"] == "pack" and job["state"] == "done"
             and job["asked"]["run"] == str(run["folder"])]
     save = f' <a download href="{link(zips[-1])}">Download {escape(Path(zips[-1]).name)}</a>' if zips else ""
-    where = f'<details><summary>Where it is</summary><code>{escape(str(run["folder"].absolute()))}</code></details>'
+    folder = escape(str(run["folder"].absolute()))
+    where = f"<details><summary>Where it is</summary><code>{folder}</code></details>"
     return f"<p>{said}{save}</p>{_run_buttons(run, out)}{_scores_html(run['folder'])}{where}"
 
 def _curve_html(run, width) -> str:
@@ -233,7 +244,8 @@ def _curve_html(run, width) -> str:
 @lru_cache(8)
 def _curve(folder, count, width):
     rows = desk.read_steps(folder)[:count]
-    return _figure_html(lambda: loss_figure(rows), f"Loss by dimension after {rows[-1]['step']} steps", width, 240)
+    says = f"Loss by dimension after {rows[-1]['step']} steps"
+    return _figure_html(lambda: loss_figure(rows), says, width, 240)
 
 def _films_html(run, link) -> str:
     "The newest videos of a run."
@@ -253,14 +265,15 @@ def _dial_html(film, changed, dial, scale, width) -> str:
     record = read_record(film)
     moved = _dialled(record["identity_weight"], dial, record["dial"], scale)
     made = SimpleNamespace(weights=SimpleNamespace(numpy=lambda: moved), scale=scale)
-    says = f"Identity weight by depth and denoising step at dial {dial:g}: mean {moved.mean():.3f} of {scale:g}"
+    mean = f"mean {moved.mean():.3f} of {scale:g}"
+    says = f"Identity weight by depth and denoising step at dial {dial:g}: {mean}"
     return _figure_html(lambda: weights_figure(made), says, width, 100 + 30 * moved.shape[1])
 
 def _films_of(out, adapter) -> list: # paths, newest first
     "Videos whose weights tell of an adapter."
     made = [v["path"] for v in desk.videos_of(out) if v["record"].get("adapter") == str(adapter)]
-    inside = [*Path(adapter).glob("samples/*.mp4"), *Path(adapter).glob("*.mp4")] if Path(adapter).is_dir() else []
-    return [p for p in (*made, *sorted(inside)) if read_record(p).get("identity_weight")]
+    held = [*Path(adapter).glob("samples/*.mp4"), *Path(adapter).glob("*.mp4")] # nothing of a file
+    return [p for p in (*made, *sorted(held)) if read_record(p).get("identity_weight")]
 
 # %% ../nbs/55_show.ipynb
 def _origin(record, path) -> Path|None: # folder of the run
@@ -292,9 +305,11 @@ def _video_html(video, link) -> str:
     pick = f'<label><input type="checkbox" data-pick="{key}"> Compare</label>'
     saves = "".join(f'<a href="{key}?as={kind}" download>{kind}</a>' for kind in ("mp4", "gif"))
     bin_it = _button("Delete", "bin", "quiet small", path=path, ask="Move this video to the bin?")
-    film = _film(path, f"{prompt} ({facts})", link, f'tabindex="0" data-facts="{escape(prompt)}, {escape(facts)}"')
-    return (f'<figure class="dr-card">{film}{_beside_html(run, link)}<figcaption><b>{escape(prompt)}</b><br>{escape(facts)}'
-            f'</figcaption><div class="dr-line">{pick}<span class="dr-saves">{saves}{bin_it}</span></div></figure>')
+    more = f'tabindex="0" data-facts="{escape(prompt)}, {escape(facts)}"'
+    film = _film(path, f"{prompt} ({facts})", link, more)
+    words = f"<figcaption><b>{escape(prompt)}</b><br>{escape(facts)}</figcaption>"
+    below = f'<div class="dr-line">{pick}<span class="dr-saves">{saves}{bin_it}</span></div>'
+    return f'<figure class="dr-card">{film}{_beside_html(run, link)}{words}{below}</figure>'
 
 # %% ../nbs/55_show.ipynb
 def group(values:dict, name:str) -> dict: # name: train or make
@@ -326,9 +341,10 @@ def _case_sections(self:Board, values) -> dict:
         try: files = _files(role, said.get(role, ""))
         except InputError as e: files, faults[role] = [], in_words_of(self.form, str(e))
         stamps[role], shown[role] = _stamp(files), files
-    pictures = {r: self.looks.get(("thumbs", stamps[r]), _thumbs, files) for r, files in shown.items()} # before the check
-    findings, verdict = _findings(self, values, shown, stamps) if shown["identity"] and shown["motion"] else ([], "")
-    html = {r: _thumbs_html(files, pictures[r], findings, self.form, self.own_upload) for r, files in shown.items()}
+    pictures = {r: self.looks.get(("thumbs", stamps[r]), _thumbs, shown[r]) for r in shown} # before the check
+    both, how = shown["identity"] and shown["motion"], (self.form, self.own_upload)
+    findings, verdict = _findings(self, values, shown, stamps) if both else ([], "")
+    html = {r: _thumbs_html(files, pictures[r], findings, *how) for r, files in shown.items()}
     html |= {role: alert(fault) for role, fault in faults.items()}
     seen = {str(p) for files in shown.values() for p in files[:_SHOWN]}
     rest = "".join(_finding_html(f, self.form) for f in findings if f["where"] not in seen)
@@ -345,7 +361,8 @@ def _findings(self, values, shown, stamps) -> tuple: # findings, verdict
     count = counted(len(shown["identity"]), "image"), counted(len(shown["motion"]), "clip")
     words = f"“{report['identity_prompt']}” and “{report['motion_prompt']}”"
     can = "can be trained" if report["ok"] else "cannot be trained yet"
-    return report["findings"], f'<p class="dr-verdict">This case {can}: {", ".join(count)}, {escape(words)}.</p>'
+    said = f"This case {can}: {', '.join(count)}, {escape(words)}."
+    return report["findings"], f'<p class="dr-verdict">{said}</p>'
 
 def _own_upload(self:Board, path) -> bool:
     "Whether a file was uploaded here, so that it may be moved."
@@ -359,7 +376,8 @@ def _sections(self:Board, values, width=640) -> dict: # width: of figures, in pi
     runs, jobs = self.runs(), desk.jobs_of(self.out)
     run = self.chosen(values, runs)
     shown = self.case_sections(values)
-    shown["now"] = "".join(_job_html(self.out, job, self.form) for job in news_of(jobs) if job["kind"] != "fits")
+    news = [job for job in news_of(jobs) if job["kind"] != "fits"]
+    shown["now"] = "".join(_job_html(self.out, job, self.form) for job in news)
     shown["runs"] = "".join(_run_row(r, run and str(run["folder"])) for r in runs)
     shown["run"] = _run_html(run, self.out, jobs, self.link) if run else ""
     shown["curve"] = _curve_html(run, width) if run else ""
@@ -407,7 +425,8 @@ def _restored(self:Board, folder="") -> dict: # folder: of a run; "": the live o
     "The values of the form for a run."
     run = self.chosen(dict(run=folder), self.runs())
     if run is None: return {}
-    case = {k: v for k, v in desk.case_of(run).items() if k not in ("out", "resume", "samples", "preview_every")}
+    fixed = ("out", "resume", "samples", "preview_every")
+    case = {k: v for k, v in desk.case_of(run).items() if k not in fixed}
     said = {f"train.{k}": v for k, v in as_typed(TrainConfig, case).items()}
     return said | {"train.name": "", "run": str(run["folder"])}
 
@@ -454,8 +473,9 @@ def _example(self:Board, values) -> dict:
     folder = self.out/"example"
     if not (folder/"motion").exists(): write_case(folder, "teal_cat", "hopping", images=6, clips=8)
     kept = {k: v for k, v in values.items() if k in ("train.steps", "train.previews", "train.device")}
-    case = {"train.identity": str(folder/"identity"), "train.motion": str(folder/"motion"), "train.base": "toy",
-            "train.identity_prompt": "", "train.motion_prompt": "", "train.name": _free_name(self.out, "first-run")}
+    case = dict(identity=str(folder/"identity"), motion=str(folder/"motion"), base="toy", identity_prompt="",
+                motion_prompt="", fps="", fit="crop", name=_free_name(self.out, "first-run"))
+    case = {f"train.{k}": text for k, text in case.items()}
     made = _start(self, kept | case)
     return dict(set=case | made["set"])
 
@@ -471,7 +491,8 @@ def _make(self:Board, values) -> dict:
     asked |= dict(adapter=config.adapter, prompt=config.prompt, dial=config.dial)
     for seed in range(config.seed, config.seed + int(values.get("make.videos") or 1)):
         desk.post(self.out, "video", dict(asked, seed=seed))
-        if values.get("make.alone") in (True, "true"): desk.post(self.out, "video", dict(asked, seed=seed, alone=True))
+        alone = dict(asked, seed=seed, alone=True)
+        if values.get("make.alone") == "true": desk.post(self.out, "video", alone)
     return {}
 
 def _planned(self:Board, values) -> dict:
@@ -488,7 +509,8 @@ def _ask_fits(self:Board, values) -> dict:
     return {}
 
 # %% ../nbs/55_show.ipynb
-def _do(self:Board, name:str, values:dict, **data) -> dict: # data: of the button; `set`: values to put into the form
+def _do(self:Board, name:str, values:dict,
+        **data) -> dict: # data: of the button; `set` in the result: values to put into the form
     "What a button does; `InputError` says why it cannot."
     known = dict(start=_start, example=_example, make=_make, fits=_ask_fits)
     if name in known: return known[name](self, values)
@@ -504,6 +526,7 @@ def _do(self:Board, name:str, values:dict, **data) -> dict: # data: of the butto
 
 def _open(self, path) -> dict:
     found = desk.open_path(self.out, path)
-    return dict(set={"open": "", **({"run": str(found)} if (found/"config.json").exists() else {"make.adapter": str(found)})})
+    part = "run" if (found/"config.json").exists() else "make.adapter"
+    return dict(set={"open": "", part: str(found)})
 
 Board.do = _do

@@ -43,7 +43,8 @@ def _row(*widgets): return w.Box(widgets, layout=w.Layout(flex_flow="row wrap", 
 def _title(text): return w.HTML(f"<h3>{text}</h3>")
 
 # %% ../nbs/57_studio.ipynb
-_NO_BUTTONS = "<style>.dr-lab button, .dr-lab .dr-saves, .dr-lab label:has([data-pick]), .dr-lab [download] { display: none }</style>"
+_NO_BUTTONS = """<style>.dr-lab .dr-button, .dr-lab .dr-saves, .dr-lab [download],
+.dr-lab label:has([data-pick]) { display: none }</style>"""
 
 def _data(path) -> str:
     "A file as an address."
@@ -57,7 +58,8 @@ class _Studio:
     def __init__(self, out, device=None):
         self.board, self.run = Board(out, _data, device), None
         self.fields = self.entries()
-        self.parts = {name: w.HTML() for name in ("identity", "motion", "findings", "fits", "now", "run", "curve", "films", "dial", "gallery")}
+        names = "identity motion findings fits now run curve films dial gallery"
+        self.parts = {name: w.HTML() for name in names.split()}
         self.said = w.HTML()
         self.runs = w.Dropdown(description="Run", options=[("", "")], layout=_WIDE, style=_LABELS)
         self.box = w.VBox([w.HTML(f"<style>{STYLE}</style>{_NO_BUTTONS}"), *self.rows()])
@@ -70,12 +72,13 @@ class _Studio:
         forms = dict(train=fields_of(TrainConfig), make=fields_of(GenerateConfig))
         made = {f"{group}.{k}": _entry(forms[group][k]) for group, names in MAIN.items() for k in names}
         made |= {f"{group}.{f.name}": _entry(f) for group in forms for f in advanced(group)}
-        made["train.name"] = w.Text(description="Name", placeholder="the next free one", layout=_SHORT, style=_LABELS)
-        made["train.previews"] = w.Text("4", description="Previews", layout=_SHORT, style=_LABELS)
-        made["make.adapter"] = w.Dropdown(description="Adapter", options=[("", "")], layout=_WIDE, style=_LABELS)
-        made["make.dial"] = w.FloatSlider(0, min=-1, max=1, step=.1, description="Dial", layout=_WIDE, style=_LABELS)
+        short, wide = dict(layout=_SHORT, style=_LABELS), dict(layout=_WIDE, style=_LABELS)
+        made["train.name"] = w.Text(description="Name", placeholder="the next free one", **short)
+        made["train.previews"] = w.Text("4", description="Previews", **short)
+        made["make.adapter"] = w.Dropdown(description="Adapter", options=[("", "")], **wide)
+        made["make.dial"] = w.FloatSlider(0, min=-1, max=1, step=.1, description="Dial", **wide)
         made["make.alone"] = w.Checkbox(description="Also by the base alone", indent=False)
-        made["open"] = w.Text(description="Other file", placeholder="a run or an adapter file", layout=_WIDE, style=_LABELS)
+        made["open"] = w.Text(description="Other file", placeholder="a run or an adapter file", **wide)
         return made
 
     def values(self) -> dict:
@@ -86,7 +89,8 @@ class _Studio:
         "Put values into the widgets."
         for name, text in values.items():
             if name == "run": self.run = text
-            elif widget := self.fields.get(name): widget.value = text == "True" if isinstance(widget, w.Checkbox) else text
+            elif isinstance(widget := self.fields.get(name), w.Checkbox): widget.value = text == "True"
+            elif widget: widget.value = text
 
 # %% ../nbs/57_studio.ipynb
 def _action(self:_Studio, text, name, style="", **data):
@@ -137,18 +141,24 @@ def _folded(self:_Studio, group):
 
 def _rows(self:_Studio) -> list:
     "The parts from the top down."
-    f, part, do = self.fields, self.parts, self.action
-    case = [_row(f["train.identity"], self.upload("identity", "image/*", "Upload images")), part["identity"],
-            _row(f["train.motion"], self.upload("motion", "video/*,.gif", "Upload clips")), part["motion"],
-            *(f[f"train.{k}"] for k in ("identity_prompt", "motion_prompt")), _row(*(f[f"train.{k}"] for k in ("base", "fps", "fit"))), part["findings"]]
-    training = [_row(*(f[f"train.{k}"] for k in ("name", "steps", "previews", "memory"))), _folded(self, "train"),
-                _row(do("Start training", "start", "primary"), do("Will it fit?", "fits"), do("Try the example", "example")), part["fits"]]
-    runs = [self.runs, _row(self.stop_button(), do("Resume", "resume", run=1), do("Scores", "score", run=1), do("Save as zip", "pack", run=1),
-                            do("Delete", "bin", path=1)), part["run"], part["curve"], part["films"]]
-    asking = [f["make.adapter"], f["make.prompt"], f["make.dial"], part["dial"], _row(f["make.seed"], f["make.steps"], f["make.alone"]),
-              _folded(self, "make"), do("Make video", "make", "primary"), _row(f["open"], do("Open", "open"))]
-    return [_title("1. Your case"), *case, _title("2. Train"), *training, self.said, part["now"], _title("Runs"), *runs,
-            _title("3. Make videos"), *asking, _title("Gallery"), part["gallery"]]
+    def named(group, names): return [self.fields[f"{group}.{k}"] for k in names.split()]
+    images, clips, adapter = *named("train", "identity motion"), *named("make", "adapter")
+    part, do = self.parts, self.action
+    case = [_row(images, self.upload("identity", "image/*", "Upload images")), part["identity"],
+            _row(clips, self.upload("motion", "video/*,.gif", "Upload clips")), part["motion"],
+            *named("train", "identity_prompt motion_prompt"), _row(*named("train", "base fps fit"))]
+    starts = [do("Start training", "start", "primary"), do("Will it fit?", "fits"),
+              do("Try the example", "example")]
+    training = [_row(*named("train", "name steps previews memory")), _folded(self, "train"), _row(*starts)]
+    kinds = dict(Resume="resume", Scores="score") | {"Save as zip": "pack", "Delete": "bin"}
+    does = [do(text, name, run=1, path=1) for text, name in kinds.items()]
+    runs = [self.runs, _row(self.stop_button(), *does), part["run"], part["curve"], part["films"]]
+    asking = [adapter, *named("make", "prompt dial"), part["dial"], _row(*named("make", "seed steps alone")),
+              _folded(self, "make"), do("Make video", "make", "primary")]
+    other = _row(self.fields["open"], do("Open", "open"))
+    train = [_title("2. Train"), *training, part["fits"], self.said, part["now"], _title("Runs"), *runs]
+    make = [_title("3. Make videos"), *asking, other, _title("Gallery"), part["gallery"]]
+    return [_title("1. Your case"), *case, part["findings"], *train, *make]
 
 _Studio.rows = _rows
 
@@ -163,7 +173,8 @@ def _look(self:_Studio):
     self.run = self.runs.value
     adapters, chosen = {k: str(p) for k, p in self.board.adapters().items()}, self.fields["make.adapter"]
     _choose(chosen, adapters, chosen.value)
-    if not self.fields["make.prompt"].value: self.fields["make.prompt"].value = self.board.prompt_for(chosen.value)
+    prompt = self.fields["make.prompt"]
+    if not prompt.value: prompt.value = self.board.prompt_for(chosen.value)
 
 def _choose(widget, options, value): # options: label -> value
     "New options; the choice stays where it can."

@@ -73,15 +73,17 @@ class _Maker:
         "Put an adapter on its base."
         adapter = read_adapter(source)
         if adapter.base is None: raise InputError(f"{source}: names no base; use dualreal generate --base")
-        key = adapter.base, adapter.training.get("precision"), json.dumps(adapter.settings, sort_keys=True), device
+        shape = json.dumps(adapter.settings, sort_keys=True)
+        key = adapter.base, adapter.training.get("precision"), shape, device
         if key == self.key: put_on(self.pipe, adapter)
         else:
             self.forget()
             self.pipe, self.key = open_pipe(adapter, device=device), key
         return adapter
 
-    def __call__(self, adapter, prompt:str, seed=42, dial=0., alone=False, device=None, # alone: without the adapter
-                 negative_prompt=None, **sizes): # as for `generate`
+    def __call__(self, adapter, prompt:str, seed=42, dial=0.,
+                 alone=False, # without the adapter
+                 device=None, negative_prompt=None, **sizes): # as for `generate`
         "A `Generation` and its frames a second."
         if not prompt.strip(): raise InputError("prompt: say what the video shows")
         adapter = self.load(adapter, device)
@@ -186,7 +188,8 @@ def _do(out, job, make) -> bool: # whether to go on
     ended, goes_on = dict(state="done"), True
     try: ended["made"] = _KINDS[job["kind"]](out, job["asked"], make)
     except (_Asked, KeyboardInterrupt) as e: # training says where it stopped
-        ended, goes_on = dict(state="stopped", said=_sentence(InputError(str(e)))), is_stopping(out, job["id"])
+        ended["state"], ended["said"] = "stopped", _sentence(InputError(str(e)))
+        goes_on = is_stopping(out, job["id"])
         make.forget() # a pipeline that was left half-way
     except Exception as e:
         if not isinstance(e, InputError): traceback.print_exc()
