@@ -93,9 +93,13 @@ def typed(cls, values:dict, **more): # values: name -> text; more: settings that
 def _must(cls, name): return {one.name: one for one in fields(cls)}[name].default is MISSING
 
 # %% ../nbs/51_form.ipynb
+_SAID = {"identity folder": "folder of images", "motion folder": "folder of clips", "identity images": "images",
+         "motion clips": "clips", "Identity caption": "“Subject”", "Motion caption": "“Motion”"}
+
 def in_words_of(form:dict, # of `fields_of`
                 text:str) -> str:
     "A sentence with the form's labels in place of flags and names."
+    for ours, theirs in _SAID.items(): text = text.replace(ours, theirs)
     for field in sorted(form.values(), key=lambda f: -len(f.flag)):
         dashed = field.name.replace("_", "-")
         flag = rf"--(no-)?({re.escape(field.flag.lstrip('-'))}|{dashed})(?![\w-])"
