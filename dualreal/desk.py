@@ -111,8 +111,14 @@ def _start_worker(out):
     words = [sys.executable, "-c", program, str(out)]
     with (_home(out)/"worker.log").open("a", encoding="utf-8") as log:
         made = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **_APART)
-    write_json(_home(out)/"worker.json", dict(pid=made.pid, started=psutil.Process(made.pid).create_time()))
-    return made
+    known = dict(pid=made.pid, started=psutil.Process(made.pid).create_time(), vain=_vain(out))
+    write_json(_home(out)/"worker.json", known)
+
+def _vain(out) -> int:
+    "How many workers in a row have ended before they took a job."
+    last = read_json(_home(out)/"worker.json", {})
+    worked = any(job.get("began", 0) > last.get("started", 0) for job in jobs_of(out))
+    return 0 if worked or not last else last.get("vain", 0) + 1
 
 # %% ../nbs/53_desk.ipynb
 _GONE = "It was ended from outside, or the machine went off."
@@ -125,7 +131,11 @@ def keep_working(out):
         if worker_of(out): return
         for job in found:
             if job["state"] == "running": note(out, job["id"], state="stopped", said=_GONE)
-        if any(job["state"] == "waiting" for job in found): _start_worker(out)
+        waiting = [job["id"] for job in found if job["state"] == "waiting"]
+        for number in waiting if _vain(out) > 2 else ():
+            note(out, number, state="failed", said=f"The worker does not start: see {_home(out)/'worker.log'}")
+        if waiting and _vain(out) <= 2: _start_worker(out)
+        elif waiting: (_home(out)/"worker.json").unlink() # the next job tries again
 
 def end_worker(out, patience=120.): # seconds; a large model's step is long
     "Ask the worker to save and end; end it when patience does."
