@@ -10,6 +10,7 @@ import hashlib
 import json
 import secrets
 import signal
+import sys
 import threading
 import webbrowser
 from html import escape
@@ -486,6 +487,10 @@ class Server(ThreadingHTTPServer):
     def tend(self):
         "See that there is a worker for what waits."
         while not self.closing.wait(.5): keep_working(self.out)
+
+    def handle_error(self, request, address):
+        "A page that was closed while it was answered is no error."
+        if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(request, address)
 
     def hosts(self): return {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
 

@@ -236,14 +236,8 @@ def _run_html(run, out, jobs, link) -> str:
     where = f"<details><summary>Where it is</summary><code>{folder}</code></details>"
     return f"<p>{said}{save}</p>{_run_buttons(run, out)}{_scores_html(run['folder'])}{where}"
 
-def _curve_html(run, width) -> str:
+def _curve(rows, width) -> str:
     "The loss of a run."
-    rows = desk.read_steps(run["folder"])
-    return _curve(str(run["folder"]), len(rows), width) if rows else ""
-
-@lru_cache(8)
-def _curve(folder, count, width):
-    rows = desk.read_steps(folder)[:count]
     says = f"Loss by dimension after {rows[-1]['step']} steps"
     return _figure_html(lambda: loss_figure(rows), says, width, 240)
 
@@ -260,8 +254,8 @@ def _dialled(weights,         # (steps, groups) as recorded
     "The weights as the dial moves them."
     return np.clip(np.asarray(weights) + (dial - recorded) * scale / 2, 0, scale)
 
-@lru_cache(64)
-def _dial_html(film, changed, dial, scale, width) -> str:
+def _dial_html(film, dial, scale, width) -> str:
+    "The weights of a video, as the dial moves them."
     record = read_record(film)
     moved = _dialled(record["identity_weight"], dial, record["dial"], scale)
     made = SimpleNamespace(weights=SimpleNamespace(numpy=lambda: moved), scale=scale)
@@ -320,7 +314,17 @@ class Board:
     "The studio of a folder: what it shows, what it does."
     def __init__(self, out, link, device=None): # link: path -> address; device: where videos are made
         self.out, self.link, self.device = check_writable(out, "give another folder"), link, device
-        self.looks, self.form = _Looks(), fields_of(TrainConfig)
+        self.looks, self.form, self.figures = _Looks(), fields_of(TrainConfig), {}
+        self.drawing = ThreadPoolExecutor(1)
+
+    def drawn(self, slot, key, work, *args) -> str: # slot: what the figure is of; key: what it depends on
+        "HTML of a figure that a thread draws; until then the one before."
+        one = self.figures.setdefault(slot, SimpleNamespace(key=None, job=None, html=""))
+        if one.job and one.job.done():
+            job, one.job = one.job, None
+            one.html = job.result()
+        if one.job is None and one.key != key: one.key, one.job = key, self.drawing.submit(work, *args)
+        return one.html
 
     def runs(self): return desk.runs_of(self.out)
 
@@ -380,7 +384,9 @@ def _sections(self:Board, values, width=640) -> dict: # width: of figures, in pi
     shown["now"] = "".join(_job_html(self.out, job, self.form) for job in news)
     shown["runs"] = "".join(_run_row(r, run and str(run["folder"])) for r in runs)
     shown["run"] = _run_html(run, self.out, jobs, self.link) if run else ""
-    shown["curve"] = _curve_html(run, width) if run else ""
+    rows = desk.read_steps(run["folder"]) if run else []
+    curve = ("curve", run and run["folder"], width)
+    shown["curve"] = self.drawn(curve, rows[-1]["step"], _curve, rows, width) if rows else ""
     shown["films"] = _films_html(run, self.link) if run else ""
     shown["fits"], shown["dial"] = self.fits_html(values, jobs), self.dial_html(values, width)
     shown["gallery"] = "".join(_video_html(v, self.link) for v in desk.videos_of(self.out)[:48])
@@ -406,7 +412,8 @@ def _dial_section(self:Board, values, width) -> str:
     if not films: return ""
     scale = adapter_info(find_adapter(adapter)).get("config", {}).get("scale", PUBLISHED["scale"])
     dial = float(values.get("make.dial") or 0)
-    return _dial_html(str(films[0]), films[0].stat().st_mtime_ns, dial, scale, min(width, 560))
+    known = films[0], dial, scale, min(width, 560)
+    return self.drawn(("dial", adapter, width), known, _dial_html, *known)
 
 Board.sections, Board.fits_html, Board.dial_html = _sections, _fits_html, _dial_section
 
