@@ -502,10 +502,11 @@ def _make(self:Board, values) -> dict:
         if values.get("make.alone") == "true": desk.post(self.out, "video", alone)
     return {}
 
+_PLANNED = "base memory rank groups micro_batch height width frames eight_bit fp8 device precision".split()
+
 def _planned(self:Board, values) -> dict:
-    "What the planner is asked: the settings without the case."
-    case = ("identity", "motion", "identity_prompt", "motion_prompt")
-    said = {k: v for k, v in values.items() if k.removeprefix("train.") not in case}
+    "What the planner is asked: the settings that decide about memory."
+    said = {k: v for k, v in values.items() if k.removeprefix("train.") in _PLANNED}
     return _said(self.settings(said, identity="", motion=""))
 
 Board.planned = _planned
