@@ -133,7 +133,8 @@ def keep_working(out):
             if job["state"] == "running": note(out, job["id"], state="stopped", said=_GONE)
         waiting = [job["id"] for job in found if job["state"] == "waiting"]
         for number in waiting if _vain(out) > 2 else ():
-            note(out, number, state="failed", said=f"The worker does not start: see {_home(out)/'worker.log'}")
+            said = f"The worker does not start: see {_home(out)/'worker.log'}"
+            note(out, number, state="failed", said=said)
         if waiting and _vain(out) <= 2: _start_worker(out)
         elif waiting: (_home(out)/"worker.json").unlink() # the next job tries again
 

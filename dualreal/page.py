@@ -150,7 +150,8 @@ _RESULTS = f"""<div class="dr-results" id="results">
 <section class="dr-progress" aria-live="polite"><div data-section="now"></div>{_said("")}</section>
 <section><h2>Runs</h2><div class="dr-runs" role="radiogroup" aria-label="Runs" data-section="runs"></div>
 <div data-section="run"></div><div data-section="curve"></div><div data-section="films"></div></section>
-<section><h2>Gallery</h2><div class="dr-compare" id="compare"></div>
+<section><h2>Gallery</h2><p class="dr-hint">Tick two to four to see them in step.</p>
+<div class="dr-compare" id="compare"></div>
 <div class="dr-gallery" data-section="gallery"></div></section></div>"""
 
 _DOCS = "https://dualreal.github.io/dualreal"
@@ -270,6 +271,8 @@ summary { cursor: pointer; margin: .4rem 0; color: var(--soft) }
 .dr-progress:not(:has(b)):not(:has(p)) { display: none }
 .dr-runs { display: flex; gap: .6rem; overflow-x: auto; padding: 3px } .dr-runs:empty::after {
   content: "None yet. Try the example."; color: var(--soft) }
+.dr-hint { color: var(--soft); font-size: .9rem }
+section:not(:has(.dr-card)) .dr-hint { display: none }
 .dr-gallery:empty::after { content: "Videos that you make appear here."; color: var(--soft) }
 .dr-run { display: flex; gap: .5rem; align-items: center; border: 1px solid var(--line);
   border-radius: 8px; padding: .4rem .6rem; flex: none;
