@@ -70,7 +70,7 @@ def test_colours_have_one_place():
 def test_requirements_survive_splitting():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
-    for key in ("requirements", "dev_requirements", "docs_requirements", "studio_requirements"):
+    for key in ("requirements", "dev_requirements", "docs_requirements"):
         for text in config["DEFAULT"].get(key, "").split(): Requirement(text)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from dualreal.checkpoint import read_adapter
 from dualreal.cli import main
+from dualreal.desk import LIVE, end_worker, jobs_of
 from dualreal.experiments.baselines import find_method
 from dualreal.generate import generate, open_pipe
 from dualreal.studio import studio
@@ -54,13 +55,13 @@ def fill(page, **values):
         if getattr(widget, "description", None) in values: widget.value = values[widget.description]
 
 
-def press(page, name):
-    "Press a button and wait until its work is done."
-    button = next(widget for widget in parts(page) if getattr(widget, "description", None) == name)
-    button.click()
-    end = time.monotonic() + 120
-    while button.disabled and time.monotonic() < end: time.sleep(.05)
-    assert not button.disabled
+def press(page, name, out):
+    "Press a button and wait until the worker has done what it asks for."
+    next(widget for widget in parts(page) if getattr(widget, "description", None) == name).click()
+    end = time.monotonic() + 600
+    while any(job["state"] in LIVE for job in jobs_of(out)) and time.monotonic() < end: time.sleep(.1)
+    end_worker(out)
+    assert [job["state"] for job in jobs_of(out)] == ["done"]
 
 
 def recorded(path):
@@ -77,8 +78,8 @@ def test_command_and_studio_draw_what_training_drew(made):
     words = ["generate", "--adapter", home / "runs/one", "--prompt", PROMPT, "--seed", 1, "--device", "cpu"]
     assert main([str(word) for word in (*words, "--out", home / "again.mp4")]) == 0
     page = studio(home / "runs", "cpu")
-    fill(page, Prompt=PROMPT, Seed=1)
-    press(page, "Make video")
+    fill(page, Prompt=PROMPT, Seed="1")
+    press(page, "Make video", home / "runs")
     for path in (home / "again.mp4.json", home / "runs/videos/000.mp4.json"):
         said, frames = recorded(path)
         assert said == told and np.array_equal(frames, last)
