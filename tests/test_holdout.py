@@ -129,6 +129,7 @@ def test_resumed(home, whole, tmp_path):
         record(whole)["hold_out"]["log"]
 
 
+@pytest.mark.slow
 def test_with_a_plan_for_the_memory(home, whole, tmp_path):
     "Blocks that are computed twice or streamed are looked through like others."
     train(settings(home, tmp_path / "run", memory="0.0005"), progress=False)
