@@ -94,7 +94,8 @@ def _must(cls, name): return {one.name: one for one in fields(cls)}[name].defaul
 
 # %% ../nbs/51_form.ipynb
 _SAID = {"identity folder": "folder of images", "motion folder": "folder of clips",
-         "identity images": "images", "motion clips": "clips", "Identity caption": "“Subject”", "Motion caption": "“Motion”"}
+         "identity images": "images", "motion clips": "clips",
+         "Identity caption": "“Subject”", "Motion caption": "“Motion”"}
 
 def in_words_of(form:dict, # of `fields_of`
                 text:str) -> str:
