@@ -385,7 +385,9 @@ def format_report(report: dict  # of `check_case`
     how = {"crop": "cropped", "pad": "padded"}[base["fit"]]
     if "member" in base: lines += [f"base: {base['name']}, {base['member']} ({base['family']})"]
     if buckets := report.get("buckets"): lines += [f"used as: {how}{rate}, in {len(buckets)} buckets"]
-    else: lines += [f"used as: {how} to {base['width']}x{base['height']}, up to {base['frames']} frames{rate}"]
+    else:
+        aim = f"{how} to {base['width']}x{base['height']}, up to {base['frames']} frames{rate}"
+        lines += [f"used as: {aim}"]
     lines += [f"  {Bucket(**bucket)}" for bucket in buckets or ()]
     verdict = "can be trained" if report["ok"] else "cannot be trained"
     last = f"This case {verdict} (errors: {report['errors']}, warnings: {report['warnings']})."

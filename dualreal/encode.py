@@ -142,8 +142,12 @@ class _Work:
         c = self.config
         return READER, item.kind, *self.size(item), c.fps if item.kind == "video" else None, c.fit
 
-    def piece(self, item): return [item.start] if item.start else [] # the first is what a clip gives by default
-    def size(self, item): return item.within(*(getattr(self.config, k) for k in ("height", "width", "frames")))
+    def piece(self, item): # the first is what a clip gives by default
+        return [item.start] if item.start else []
+
+    def size(self, item):
+        c = self.config
+        return item.within(c.height, c.width, c.frames)
 
     def weight(self, item, files, masks):
         if not (source := self.masking.source(item)): return None

@@ -166,10 +166,10 @@ def facts(run:Run) -> dict:
     settings = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in MAY_DIFFER}
     words = {k: run.given.words[k] for k in ("subject", "motion", "class_word")}
     base = str(Path(c.base).resolve()) if Path(c.base).is_dir() else c.base # found from any folder
-    more = dict(courses=run.courses) if len(run.courses) > 1 else {}
+    more = dict(run.told, courses=run.courses) if len(run.courses) > 1 else dict(run.told)
     if run.origin: more["init"] = run.origin
     return dict(words, base=base, steps_done=run.step, training=settings, environment=environment(),
-                generation={k: getattr(run.size, k) for k in ("height", "width", "frames")}, **more, **run.told)
+                generation={k: getattr(run.size, k) for k in ("height", "width", "frames")}, **more)
 
 def save_run(run:Run, folder):
     "The adapter of a run as it stands, with its facts and reference."

@@ -190,7 +190,8 @@ class Arranged:
     def lines(self) -> list[str]:
         "What is said before training."
         pieces = f"{len(self.case.motion)} pieces of {len(self.starts)} clips"
-        return [f"note: {note}" for note in self.notes] + [pieces] * bool(self.starts) + [f"bucket: {b}" for b in self.buckets]
+        notes, buckets = [f"note: {note}" for note in self.notes], [f"bucket: {b}" for b in self.buckets]
+        return notes + [pieces] * bool(self.starts) + buckets
 
 
 def _size_of(bucket): return {k: getattr(bucket, k) for k in ("height", "width", "frames")}
@@ -207,7 +208,8 @@ def arrange(case: Case,
         cut = [_pieces_of(item, config, step) for item in case.motion]
         notes = [note for _, some in cut for note in some]
         case = replace(case, motion=[i for items, _ in cut for i in items], notes=case.notes + notes)
-        if not case.motion: raise InputError(f"{notes[0][:-1]}; no clip is left: take others, or --pieces first")
+        if not case.motion:
+            raise InputError(f"{notes[0][:-1]}; no clip is left: take others, or --pieces first")
     if config.size == "one": return Arranged(case, notes=notes)
     sizes = allowed_sizes(base, config.height, config.width)
     fitted = [[_in_size(i, sizes, config, step) for i in items] for items in (case.identity, case.motion)]

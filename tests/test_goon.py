@@ -335,7 +335,7 @@ def test_a_failure_lets_go(home, tmp_path, capsys, monkeypatch):  # noqa: F811
         held.append(weakref.ref(run))
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr("dualreal.trainer.train", full)
-    monkeypatch.setattr("dualreal.experiments.queue._told", lambda *_: (held[0]() is None and "done", ""))
+    monkeypatch.setattr("dualreal.experiments.queue.what_came", lambda *_: (held[0]() is None and "done", ""))
     cases = [Case(f"{seed}", short(home, tmp_path / f"{seed}", seed=seed)) for seed in (1, 2)]
     assert run_cases(cases, lambda case: train_case(case, sentence=str)) == {"1": "CUDA out of memory"}
     assert "2/2  2  done" in capsys.readouterr().out
