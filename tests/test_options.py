@@ -17,8 +17,8 @@ from dualreal.video import write_video
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 EVERYTHING = dict(size="auto", pieces="random", piece_count=2, hold_out=True, hold_out_every=3,
-                  mask_weight=.2, motion_mask="inside", prior_weight=.5, ema=.8, lr_schedule="wsd", coupling="one-way",
-                  gradient_checkpointing=True, micro_batch=1)
+                  mask_weight=.2, motion_mask="inside", prior_weight=.5, ema=.8, lr_schedule="wsd",
+                  coupling="one-way", gradient_checkpointing=True, micro_batch=1)
 
 
 @pytest.fixture(scope="module")
