@@ -230,10 +230,12 @@ def test_in_pieces_as_a_whole_and_thinned():
     assert len(seen[-2]) == 128 or len(seen[-1]) == 128
 
 
-def test_the_shell_takes_the_tracks(home, capsys):
+def test_the_shell_takes_the_tracks(home, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(encoders, "load_encoders", lambda *given: asked.append(given) or TOY())
     ask = ["--videos", "videos", "--identity", "case/identity", "--motion", "case/motion", "--out", "scores"]
     ask += ["--encoders", "toy"]
-    assert main(["evaluate", *ask, "--tracks", "flow"]) == 0
+    assert main(["evaluate", *ask, "--tracks", "flow"]) == 0 and asked[0][-1] == "flow"
     assert "Motion fidelity" in capsys.readouterr().out
     assert main(["evaluate", *ask, "--tracks", "none"]) == 2
 
