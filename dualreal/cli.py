@@ -424,7 +424,7 @@ def _suggested(config) -> dict|None: # None: not asked for
 def _run_check(config:settings.CheckConfig):
     "dualreal check: what training would see, before it costs anything."
     from dualreal.base import base_family, base_size, check_picture, configs_of, find_sizes
-    from dualreal.data import MIN_CLIP, class_prompt, prior_count, prior_items
+    from dualreal.data import class_prompt, prior_count, prior_items
     from dualreal.doctor import check_case, format_report
     from dualreal.masks import masking_of
     from dualreal.shapes import arrange
@@ -441,9 +441,6 @@ def _run_check(config:settings.CheckConfig):
     asked = {k: getattr(config, k) for k in ("height", "width", "frames")}
     size = [getattr(base, k) if v is None else v for k, v in asked.items()]
     how = dict(fps=config.fps, fit=config.fit, step=base.clip_step)
-    if min(size) < 1 or not (config.fps is None or 0 < config.fps < float("inf")):
-        raise InputError("--height, --width, --frames and --fps: give positive numbers")
-    if size[2] < MIN_CLIP: raise InputError(f"frames {size[2]}: give at least {MIN_CLIP}") # as `train` says
     check_picture(folder, *size[:2])
     if config.sheet and not config.sheet.lower().endswith((".png", ".jpg")):
         raise InputError(f"{config.sheet}: --sheet must end in .png or .jpg")
@@ -452,8 +449,7 @@ def _run_check(config:settings.CheckConfig):
     _alive()
     from transformers import AutoTokenizer  # seconds
     tokenizer = AutoTokenizer.from_pretrained(folder/"tokenizer")
-    sizes = dict(zip(("height", "width", "frames"), size))
-    how["masking"] = masking_of(replace(config, **sizes), base.clip_step)
+    how["masking"] = masking_of(whole, base.clip_step)
     def tokens(prompt): return len(tokenizer(prompt).input_ids), base.max_tokens
     report = check_case(arranged.case, *size, tokens, **how, held=config.hold_out) | arranged.record
     family = base_family(folder)
@@ -463,7 +459,7 @@ def _run_check(config:settings.CheckConfig):
         report["prior_made"] = dict(count=made, prompt=class_prompt(case.class_word))
     if said: report["suggestions"] = said
     print(json.dumps(report, indent=1, default=str) if config.json else format_report(report))
-    if config.sheet: _write_sheet(case, folder, replace(config, **sizes), size, how)
+    if config.sheet: _write_sheet(case, folder, whole, size, how)
     errors = [finding["text"] for finding in report["findings"] if finding["level"] == "error"]
     if errors: raise InputError(errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""))
 

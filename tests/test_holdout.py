@@ -148,7 +148,8 @@ def test_resumed_otherwise(home, tmp_path):
     Image.fromarray(noise(32, 32, seed=9)).save(tmp_path / "all/one/2.png")
     again = settings(home, tmp_path / "run", resume=True)
     again.identity = f"{tmp_path / 'all/one'}"
-    with pytest.raises(InputError, match="other images, clips or captions"): train(again, progress=False)
+    with pytest.raises(InputError, match="other images, clips, masks or captions"):
+        train(again, progress=False)
 
 
 def together(config, processes=2):
