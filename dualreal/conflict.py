@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .base import sized
 from .checkpoint import Adapter, read_adapter
-from .core import COLOURS, Dimension, InputError, environment, few, pick_device, write_json
+from .core import COLOURS, Dimension, InputError, counted, environment, few, pick_device, write_json
 from .data import joint_prompt, load_case, read_item
 from .encode import tile
 from .encoders import Missing, load_encoders
@@ -296,7 +296,7 @@ def _rows_of(pipe, probes, given, told, judge, out, progress) -> dict: # name ->
         rows[probe.name] = judge(_film(pipe, probe, given, told, out/"videos"/f"{i:02d}.mp4"))
         if not i and progress:
             minutes = (time.perf_counter() - start) * (len(probes) - 1) / 60
-            print(f"{len(probes)} videos, about {minutes:.0f} minutes")
+            print(f"{len(probes)} videos, about {counted(max(1, round(minutes)), 'minute')}")
     return rows
 
 def _written(rows, probes, judge, told, out) -> dict:
