@@ -1,4 +1,5 @@
 """Lists that must agree with the files they name, and what every page owes its readers."""
+import ast
 import json
 import re
 from configparser import ConfigParser
@@ -39,6 +40,24 @@ def test_exported_lines_fit_the_page():
         first = next(i for i, line in enumerate(lines) if line.startswith("# %% ../"))
         wide += [f"{module.name}:{i+1}" for i, line in enumerate(lines) if i > first and len(line) > 110]
     assert not wide, f"over 110 characters: {', '.join(wide)}"
+
+
+def mixed(cell) -> bool:
+    "Whether a cell that the site runs for its signatures holds imports and something else."
+    text = "".join(cell["source"])
+    if cell["cell_type"] != "code" or text.startswith(("#| export", "#| hide")): return False
+    try: nodes = [*ast.walk(ast.parse(text))]
+    except SyntaxError: return False # a magic
+    there = lambda *kinds: any(isinstance(node, kinds) for node in nodes)
+    return there(ast.Import, ast.ImportFrom) and there(ast.Expr, ast.Assign)
+
+
+def test_imports_stand_in_cells_of_their_own():
+    "As nbdev asks, which else runs the whole cell while the site is built."
+    notebooks = {p: json.loads(p.read_text(encoding="utf-8"))["cells"] for p in (ROOT/"nbs").glob("[0-9]*.ipynb")}
+    wrong = [f"{p.name}: {''.join(cell['source'])[:60]!r}" for p, cells in notebooks.items()
+             for cell in cells if mixed(cell)]
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
