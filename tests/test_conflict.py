@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from dualreal.card import shared_files, write_card
 from dualreal.cli import main
 from dualreal.conflict import DIALS, SHIPPED, Judge, Probe, conflict, front, places, probing
 from dualreal.core import InputError
@@ -81,6 +82,11 @@ def test_the_command(run, capsys, monkeypatch):
     assert all(line in said for line in report["advice"]) and (run / "conflict/conflict.png").is_file()
     assert len(report["rows"]) == len(list((run / "conflict/videos").glob("*.mp4")))
     assert {f"dial {d:g}" for d in DIALS} <= report["rows"].keys() and SHIPPED in report["rows"]
+    card = write_card(run).read_text(encoding="utf-8")
+    assert "## Subject against motion" in card and report["advice"][0] in card
+    assert run / "conflict/conflict.png" in shared_files(run)
+    (run / "conflict/conflict.json").write_text(json.dumps(report | dict(adapter="another")))
+    with pytest.raises(InputError, match="of another adapter"): write_card(run)
 
 
 def test_refusals(run, tmp_path, capsys):
