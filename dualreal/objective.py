@@ -42,7 +42,7 @@ def denoising_loss(transformer,            # with a DualReal adapter
                    prompt_embeds,          # (B, T, D), in the transformer's precision
                    timesteps,              # (B,): times, as the transformer is told them
                    noise,                  # like `latents`
-                   reference=None,         # reference embeddings (B|1, E) on motion steps, else None
+                   reference=None,         # reference embeddings (B|1, E), None: condition absent
                    image_rotary_emb=None,  # what the family's `positions` gives, if anything
                    acting=tuple(Dimension), # the sides that act, see `switch.COUPLINGS`
                    weight=None):           # as for `prediction_error`
