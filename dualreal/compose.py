@@ -22,7 +22,7 @@ from .data import joint_prompt
 from .generate import generate, last_words, open_pipe
 from .loop import Course, Run, dual_course, take_up
 from .settings import ComposeConfig, TrainConfig, checked
-from .store import check_out, fingerprint, own, record_path, step_folders
+from .store import check_out, fingerprint, learnt_from, own, record_path, step_folders
 from .trainer import train
 from .video import contact_sheet, write_video
 
@@ -110,12 +110,9 @@ def _noted(adapter:Adapter, dimension:str, given) -> str: # given: a folder that
     "The folder that a side was trained on."
     if given is not None: return str(given)
     what, source = dict(identity="images", motion="clips")[dimension], Path(str(adapter.source))
-    homes = source.parent, source.parent.parent.parent # a run's, a preview's
-    notes = [home/"config.json" for home in homes]
-    note = next((n for n in notes if n.is_file()), None)
+    folder = learnt_from(source, dimension)
     advice = f"give --{dimension}-data DIR, or --steps 0, which needs no data"
-    if note is None: raise InputError(f"{source}: does not say which {what} it was trained on: {advice}")
-    folder = json.loads(note.read_text(encoding="utf-8"))[dimension]
+    if folder is None: raise InputError(f"{source}: does not say which {what} it was trained on: {advice}")
     if Path(folder).is_dir(): return folder
     raise InputError(f"{source}: the {what} it was trained on, {folder}, are not there: {advice}")
 

@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['FILE', 'PICKLES', 'fingerprint', 'check_writable', 'cache_folder', 'Store', 'find_adapter', 'adapter_info',
-           'why_unread', 'parents_of', 'step_folders', 'begun', 'check_out', 'own', 'as_begun', 'check_same', 'compare',
-           'record_path', 'read_record']
+           'why_unread', 'parents_of', 'learnt_from', 'step_folders', 'begun', 'check_out', 'own', 'as_begun',
+           'check_same', 'compare', 'record_path', 'read_record']
 
 # %% ../nbs/11_store.ipynb
 import hashlib
@@ -176,6 +176,14 @@ def parents_of(info:dict) -> str|None: # info: metadata, or a run's record; None
     told = info.get("composed")
     sides = {side: told.get(side) or {} for side in ("identity", "motion")} if told else {}
     return ", ".join(f"{s} of {one.get('run')} ({one.get('coupling')})" for s, one in sides.items()) or None
+
+# %% ../nbs/11_store.ipynb
+def learnt_from(adapter, # its file, in a run's folder or at one of its checkpoints or previews
+                dimension:str) -> str|None: # None: no run says it
+    "The folder of images or clips that a run was given; it may be gone."
+    homes = Path(str(adapter)).parent, Path(str(adapter)).parent.parent.parent
+    note = next((home/"config.json" for home in homes if (home/"config.json").is_file()), None)
+    return note and json.loads(note.read_text(encoding="utf-8"))[dimension]
 
 # %% ../nbs/11_store.ipynb
 def step_folders(home) -> list[Path]:
