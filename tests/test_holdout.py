@@ -7,11 +7,11 @@ import signal
 import socket
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from test_trainer import fork, noise
 
 from dualreal.checkpoint import read_adapter
 from dualreal.cli import main
@@ -25,12 +25,8 @@ from dualreal.toy.bases import tiny_pipeline
 from dualreal.trainer import TrainConfig, prepare, train
 from dualreal.video import write_video
 
-fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: workers start from a warm parent")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 SIDES = "identity", "motion"
-
-
-def noise(*shape, seed=0): return np.random.default_rng(seed).integers(0, 255, (*shape, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
